@@ -1,0 +1,181 @@
+"""Networks by name: our own families, timm and torchvision.
+
+A family of our own is one file of this package with one `@register` in it; nothing else has to know of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from models.errors import UnknownNetwork, nearest_choices, unknown_option
+from models.libraries import build_from_library, is_known, library_names
+from models.weightless import weightless
+
+LIBRARIES = ("timm", "torchvision")
+
+BuilderT = TypeVar("BuilderT", bound=Callable[..., nn.Module])
+
+
+@dataclass(frozen=True)
+class Family:
+    """Networks whose names match `pattern`; `build` takes its named groups, and the options as keyword-only."""
+
+    pattern: re.Pattern[str]
+    examples: tuple[str, ...]
+    build: Callable[..., nn.Module]
+
+    @property
+    def options(self) -> list[str]:
+        """The names of the keyword-only arguments of `build`."""
+        parameters = inspect.signature(self.build).parameters.values()
+        return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+_families: list[Family] = []
+
+
+def register(pattern: str, examples: Sequence[str]) -> Callable[[BuilderT], BuilderT]:
+    """Make the decorated function the builder of all networks whose whole name matches a regular expression.
+
+    The builder is called with the pattern's named groups (integers where they are digits), `num_classes` and
+    `in_channels` by keyword, and with the user's options, which are its keyword-only arguments. It raises
+    `UnknownNetwork` for a name that matches but is impossible and `ValueError` for an option's wrong value; the
+    network's name is added to the message.
+
+    Args:
+        pattern: regular expression of the names, without slashes.
+        examples: representative names, listed by `names` and suggested for a name that is unknown.
+
+    Raises:
+        ValueError: an example does not match the pattern, or another family has it already.
+    """
+    family = re.compile(pattern)
+
+    def add(build: BuilderT) -> BuilderT:
+        for example in examples:
+            if not family.fullmatch(example):
+                raise ValueError(f"example {example!r} does not match {pattern!r}")
+            if any(other.pattern.fullmatch(example) for other in _families):
+                raise ValueError(f"{example!r} belongs to another family already")
+        _families.append(Family(family, tuple(examples), build))
+        return build
+
+    return add
+
+
+@functools.cache
+def _discover() -> None:
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)], prefix="models."):
+        importlib.import_module(module.name)
+
+
+def families() -> list[Family]:
+    """All families of our own."""
+    _discover()
+    return _families
+
+
+def create(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
+    """Build a network with random weights; nothing is ever downloaded.
+
+    Args:
+        name: a name of our own families, `timm/NAME`, `torchvision/NAME`, or a bare name of timm.
+        num_classes: outputs of the classifier.
+        in_channels: channels of the images.
+        **options: keyword arguments of the network, such as `drop_path_rate` for timm's or `width` for ours.
+
+    Returns:
+        The network, [n, in_channels, h, w] to logits [n, num_classes], in training mode and with an attribute
+        `num_classes`.
+
+    Raises:
+        UnknownNetwork: there is no network of that name.
+        ValueError: the network has no such option, or cannot have such a value, class or channel count.
+    """
+    return _create(name, num_classes, in_channels, options)
+
+
+def check(
+    name: str, options: Mapping[str, Any] | None = None, *, num_classes: int = 1000, in_channels: int = 3
+) -> None:
+    """Raise what `create` would raise, without memory for weights; the random state stays as it is.
+
+    Raises:
+        UnknownNetwork: there is no network of that name.
+        ValueError: the network has no such option, or cannot have such a value, class or channel count.
+    """
+    with weightless(name):
+        _create(name, num_classes, in_channels, options or {})
+
+
+def names(filter: str = "*") -> list[str]:
+    """Names for `create` that match a shell pattern: representatives of our own families, then timm's, torchvision's.
+
+    Families go on beyond their representatives: `cifar_resnet62_b` is valid though not listed.
+    """
+    own = [example for family in families() for example in family.examples]
+    theirs = [f"{library}/{name}" for library in LIBRARIES for name in library_names(library)]
+    return [name for name in own + theirs if fnmatchcase(name, filter)]
+
+
+def _create(name: str, num_classes: int, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
+    try:
+        for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key} {value!r}; expected a positive integer")
+        network = _build(name, num_classes, in_channels, options)
+    except UnknownNetwork as error:
+        raise UnknownNetwork(f"network {name!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"network {name!r}: {error}") from error
+    if not hasattr(network, "num_classes"):
+        # torchvision's do not say; `pooled_features` asks.
+        network.num_classes = num_classes  # type: ignore[assignment]
+    return network
+
+
+def _build(name: str, num_classes: int, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
+    for family in families():
+        match = family.pattern.fullmatch(name)
+        if match:
+            for option in options:
+                if option not in family.options:
+                    raise unknown_option(option, family.options)
+            groups = {key: int(text) if text.isdecimal() else text for key, text in match.groupdict().items()}
+            return family.build(**groups, num_classes=num_classes, in_channels=in_channels, **options)
+    library, slash, bare = name.partition("/")
+    if not slash:
+        library, bare = "timm", name
+    if library not in LIBRARIES or not is_known(library, bare):
+        raise UnknownNetwork(
+            f"there is none of that name; expected timm/NAME, torchvision/NAME or one of ours, such as "
+            f"{', '.join(family.examples[0] for family in families())}{nearest_choices(_nearest(name))}"
+        )
+    return build_from_library(library, bare, num_classes, in_channels, options)
+
+
+def _nearest(name: str) -> list[str]:
+    """Up to three names for `create`, the ones whose part after the slash is most like that of `name`.
+
+    Where `name` says a library they are the library's; the other one's only if it has that very name.
+    """
+    library, _, bare = name.rpartition("/")
+    by_bare: dict[str, list[str]] = {}
+    for candidate in names():
+        where, _, key = candidate.rpartition("/")
+        if library not in LIBRARIES or library == where or key == bare:
+            by_bare.setdefault(key, []).append(candidate)
+    close = difflib.get_close_matches(bare, by_bare, n=3)
+    return [candidate for key in close for candidate in by_bare[key]][:3]
