@@ -1,0 +1,84 @@
+"""The process group and the few collectives we use, under the names of torch 2.11 to 2.15."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+
+from engine.config import ConfigError
+
+FIRST_STEP_TIMEOUT = timedelta(minutes=30)
+"""Compilation, cuDNN's search and a cold file system all fall before the end of the first step."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun told this process; a process started alone is rank 0 of 1."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """Reads RANK, LOCAL_RANK and WORLD_SIZE."""
+        return cls(
+            int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        )
+
+
+def choose_device(wanted: str, launch: Launch) -> torch.device:
+    """The device of this rank. Touches no device but to count them.
+
+    Raises:
+        ConfigError: cuda is asked for and absent.
+    """
+    count = torch.cuda.device_count() if wanted != "cpu" else 0
+    if wanted == "cuda" and not count:
+        raise ConfigError("device = cuda: this machine has no CUDA device; expected cpu or auto here")
+    return torch.device("cuda", launch.local_rank % count) if count else torch.device("cpu")
+
+
+def start(launch: Launch, device: torch.device) -> None:
+    """Joins the process group: gloo for CPU tensors, NCCL for CUDA tensors where each rank has a GPU of its own."""
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # NCCL refuses two ranks on one GPU; gloo takes CUDA tensors too, more slowly.
+        backend = "cpu:gloo,cuda:nccl" if ranks_here <= torch.cuda.device_count() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=FIRST_STEP_TIMEOUT)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.world, timeout=FIRST_STEP_TIMEOUT
+        )
+
+
+def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Flat [S] of every rank of the group -> [P, S], without gradient. One collective."""
+    gathered = tensor.new_empty(group.size() * tensor.numel())
+    if hasattr(dist, "all_gather_single"):
+        dist.all_gather_single(gathered, tensor, group=group)
+    else:
+        dist.all_gather_into_tensor(gathered, tensor, group=group)
+    return gathered.view(group.size(), -1)
+
+
+def all_gather_with_gradient(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Flat [S] of every rank of the group -> [P, S]. One collective forward and one backward, which adds up, for each
+    rank's slice, the gradients of all ranks of the group: the gradient of the sum of their objectives."""
+    if hasattr(funcol, "all_gather_single"):
+        gathered = funcol.all_gather_single(tensor, 0, group)
+    else:
+        gathered = funcol.all_gather_tensor_autograd(tensor, 0, group)
+    if isinstance(gathered, funcol.AsyncCollectiveTensor):
+        gathered = gathered.wait()
+    return gathered.view(group.size(), -1)

@@ -1,0 +1,103 @@
+"""Evaluation that counts every validation image exactly once, at any number of ranks, batch size and placement."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipelines import Pipeline
+from engine.exchange import Exchange
+from engine.placement import Placement
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one network or of an ensemble, over the validation split."""
+
+    top1: float
+    """Percent of images whose most probable class is right."""
+    top5: float
+    """Percent of images whose class is among the five most probable."""
+    loss: float
+    """Mean cross-entropy, in nats."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of a whole cohort."""
+
+    peers: list[Score]
+    ensemble: Score
+    """Of the mean of the peers' probabilities."""
+    disagreement: float
+    """Percent of images on which two peers name different classes, the mean over pairs of peers; 0 for one peer."""
+
+
+def evaluate(
+    networks: Mapping[int, nn.Module],
+    exchange: Exchange,
+    placement: Placement,
+    pipeline: Pipeline,
+    *,
+    batch: int,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> Scores:
+    """Scores the cohort; every rank calls it with its residents' networks and gets the same result.
+
+    Raises:
+        RuntimeError: the images counted are not the validation split, each once.
+    """
+    num_peers, pairs = placement.num_peers, list(itertools.combinations(range(placement.num_peers), 2))
+    # Row k: peer k; last row: the ensemble. Columns: right, right among five.
+    right = torch.zeros(num_peers + 1, 2, dtype=torch.int64, device=device)
+    loss = torch.zeros(num_peers + 1, dtype=torch.float64, device=device)
+    # Images, sum of their ids, sum of the squares of their ids; disagreements of all pairs.
+    seen = torch.zeros(4, dtype=torch.int64, device=device)
+    training = {k: network.training for k, network in networks.items()}
+    for network in networks.values():
+        network.eval()
+    with torch.inference_mode():
+        for rows in pipeline.evaluate(placement.replica, placement.replicas, batch):
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
+            logits = torch.stack([signals["logits"] for signals in exchange(own)])
+            probabilities = F.softmax(logits, dim=-1)
+            ensemble = probabilities.mean(0).clamp_min(torch.finfo(torch.float32).tiny).log()
+            for k in networks:
+                _count(logits[k], rows.targets, right[k], loss[k])
+            if placement.group == 0:
+                _count(ensemble, rows.targets, right[-1], loss[-1])
+                named = logits.argmax(-1)
+                different = (
+                    torch.stack([(named[i] != named[j]).sum() for i, j in pairs]).sum() if pairs else seen[3] * 0
+                )
+                ids = rows.ids
+                seen += torch.stack([torch.tensor(len(ids), device=device), ids.sum(), (ids * ids).sum(), different])
+    for k, network in networks.items():
+        network.train(training[k])
+
+    dist.all_reduce(right)
+    dist.all_reduce(loss)
+    dist.all_reduce(seen)
+    n = pipeline.eval_size
+    counted, *sums = seen[:3].tolist()
+    if (counted, *sums) != (n, n * (n - 1) // 2, (n - 1) * n * (2 * n - 1) // 6):
+        raise RuntimeError(
+            f"evaluation counted {counted} images where the validation split has {n}, each once; their ids do not add up"
+        )
+    percent = (right.double() * 100 / n).tolist()
+    scores = [Score(*counts, value) for counts, value in zip(percent, (loss / n).tolist(), strict=True)]
+    return Scores(scores[:-1], scores[-1], 100.0 * seen[3].item() / (n * max(len(pairs), 1)))
+
+
+def _count(logits: Tensor, targets: Tensor, right: Tensor, loss: Tensor) -> None:
+    best = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
+    right += torch.stack([best[:, 0].sum(), best.sum()])
+    loss += F.nll_loss(F.log_softmax(logits, dim=-1), targets, reduction="sum")

@@ -1,0 +1,95 @@
+"""Optimisers and schedules, from timm, and the update that a non-finite step skips without asking the host."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import timm.optim
+import torch
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from engine.config import ConfigError, OptimizerConfig, ScheduleConfig
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Refuses what timm does not have. Raises: ConfigError."""
+    names = timm.optim.list_optimizers()
+    if config.name not in names:
+        near = difflib.get_close_matches(config.name, names, n=3) or ["sgd", "momentum", "adamw", "lamb"]
+        raise ConfigError(f"optimizer.name = {config.name!r}: not one of timm's optimisers; nearest: {', '.join(near)}")
+    try:
+        make_optimizer(nn.Linear(1, 1), config)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.options = {config.options}: refused by {config.name}: {error}") from None
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser of one peer, fused into one kernel where PyTorch can."""
+    options: dict[str, Any] = dict(config.options)
+    if "fused" in inspect.signature(timm.optim.get_optimizer_class(config.name, bind_defaults=False)).parameters:
+        options["fused"] = True
+    return timm.optim.create_optimizer_v2(
+        module,
+        opt=config.name,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        filter_bias_and_bn=not config.decay_norm_and_bias,
+        **options,
+    )
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, epochs: int, steps_per_epoch: int
+) -> Scheduler:
+    """The learning rate as a function of the updates done: `schedule.step_update(step)` before update number `step`."""
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched={"step": "multistep"}.get(config.name, config.name),
+        num_epochs=epochs,
+        # timm lets milestone m act at update m - 1; a rate that falls after 60 epochs must not fall one update early.
+        decay_milestones=[m + 1 / steps_per_epoch for m in config.milestones],
+        decay_rate=config.gamma,
+        min_lr=config.min_lr,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    schedule.step_update(0)
+    return schedule
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients together; non-finite where one of them is."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def unscale(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.GradScaler) -> None:
+    """Divides gradients by the loss scale, and tells the scaler of an overflow that any rank has met.
+
+    All ranks then skip the same steps and their scales stay equal, so that placement does not change the numbers.
+    """
+    gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    # The scaler looks at gradients only, so what was agreed on reaches it as one.
+    next(gradients).view(-1)[:1].add_(torch.where(skip > 0, torch.inf, 0.0))
+    scaler.unscale_(optimizer)
+
+
+def update(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.GradScaler) -> None:
+    """One optimiser step, or none where `skip` [1] (float, on the device) is 1.
+
+    Fused optimisers read the flag on the device. For the others the host has to wait for it.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skip.item():
+        optimizer.step()

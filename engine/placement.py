@@ -1,0 +1,119 @@
+"""Who computes what: which rank holds which peers, on which rows of the global batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from engine.config import ConfigError, RunConfig
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One rank's place in a rectangle of `groups` x `replicas` ranks.
+
+    The K peers are dealt to the groups in order, `peers_per_rank` to each. The ranks of a group hold the same peers and
+    average their gradients (the replica group); they are contiguous, so that a group fills whole nodes. Ranks with the
+    same `replica` see the same rows and exchange signals.
+    """
+
+    num_peers: int
+    peers_per_rank: int
+    world: int
+    rank: int
+
+    @property
+    def groups(self) -> int:
+        """P, the number of groups of peers."""
+        return self.num_peers // self.peers_per_rank
+
+    @property
+    def replicas(self) -> int:
+        """D, the number of ranks that share the rows of a global batch between them."""
+        return self.world // self.groups
+
+    @property
+    def group(self) -> int:
+        """Which group of peers lives on this rank."""
+        return self.rank // self.replicas
+
+    @property
+    def replica(self) -> int:
+        """Which share of the rows this rank computes."""
+        return self.rank % self.replicas
+
+    @property
+    def residents(self) -> range:
+        """The peers that live on this rank."""
+        return range(self.group * self.peers_per_rank, (self.group + 1) * self.peers_per_rank)
+
+    @property
+    def kind(self) -> str:
+        """colocated, spread or hybrid."""
+        if self.groups == 1:
+            return "colocated"
+        return "spread" if self.peers_per_rank == 1 else "hybrid"
+
+    def rows(self, global_batch: int) -> slice:
+        """This rank's rows of a global batch."""
+        share = global_batch // self.replicas
+        return slice(self.replica * share, (self.replica + 1) * share)
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """Dimension `peer` is the exchange group of this rank, dimension `replica` its replica group."""
+        return init_device_mesh(device_type, (self.groups, self.replicas), mesh_dim_names=("peer", "replica"))
+
+    def __str__(self) -> str:
+        peers = (
+            f"{self.peers_per_rank} of {self.num_peers} peers a rank" if self.groups > 1 else "all peers on every rank"
+        )
+        return f"{self.kind}: {peers}, {self.replicas} rank{'s' * (self.replicas > 1)} a peer, {self.world} in all"
+
+
+def plan(config: RunConfig, world: int, rank: int) -> Placement:
+    """Chooses the placement that the config asks for on `world` ranks.
+
+    Raises:
+        ConfigError: where peers cannot be dealt to the ranks, or the global batch to the replicas.
+    """
+    num_peers, wanted = len(config.cohort), config.placement
+    divisors = [m for m in range(1, num_peers + 1) if num_peers % m == 0]
+    fitting = [m for m in divisors if world % (num_peers // m) == 0]
+    if wanted.kind == "auto":
+        peers_per_rank = fitting[0]
+    elif wanted.kind == "colocated":
+        peers_per_rank = num_peers
+    elif wanted.kind == "spread":
+        peers_per_rank = 1
+    else:
+        peers_per_rank = wanted.peers_per_rank or 1
+        if peers_per_rank not in divisors:
+            raise ConfigError(
+                f"placement.peers_per_rank = {peers_per_rank}: expected a divisor of the number of peers, {num_peers}: "
+                f"one of {_listed(divisors)}"
+            )
+    if peers_per_rank not in fitting:
+        groups = num_peers // peers_per_rank
+        raise ConfigError(
+            f"placement.kind = {wanted.kind}: {num_peers} peers, {peers_per_rank} a rank, need a multiple of {groups} "
+            f"ranks, found {world}; nearest: {_nearest_multiples(world, groups)}, or placement.kind = auto"
+        )
+    placement = Placement(num_peers, peers_per_rank, world, rank)
+    parts = placement.replicas * config.train.accumulation
+    batch = config.data.global_batch
+    if batch % parts:
+        raise ConfigError(
+            f"data.global_batch = {batch}: cannot be split evenly over {placement.replicas} replicas x "
+            f"{config.train.accumulation} micro-batches; nearest: {_nearest_multiples(batch, parts)}"
+        )
+    return placement
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(str(n) for n in numbers)
+
+
+def _nearest_multiples(value: int, step: int) -> str:
+    below = value // step * step
+    return " or ".join(str(n) for n in (below, below + step) if n > 0)

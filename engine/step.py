@@ -1,0 +1,102 @@
+"""One training step, from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipelines import Batch
+from engine.cohort import Cohort
+from engine.optim import gradient_norm, unscale, update
+from engine.timing import Clock
+from losses import AfterStep, Progress, Terms
+
+
+def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clock: Clock) -> tuple[Terms, Tensor]:
+    """One update of every peer from this rank's rows of one global batch.
+
+    Args:
+        cohort: what learns on this rank.
+        batches: the micro-batches, one after another; each is 1/len(batches) of the rank's rows.
+        progress: of the run; `progress.step` updates have been done.
+        clock: told when each part of the step is over.
+
+    Returns:
+        The terms of the objective and (k, "grad_norm") of each resident, detached, averaged over the micro-batches; and
+        [1] on the device, 1 where the update was skipped because some rank met a non-finite number.
+    """
+    method, everybody = cohort.wrapped_method, range(cohort.placement.num_peers)
+    total: Terms = {}
+    skipped = torch.zeros(1, device=cohort.device)
+    cohort.begin_step(progress.step)
+
+    for micro, batch in enumerate(batches):
+        last = micro == len(batches) - 1
+        with cohort.gradients_stay_here(not last):
+            own = dict(cohort.forward(batch.images, progress.step, micro, everybody))
+            clock.mark("forward")
+            for turn in cohort.turns:
+                learners = [k for k in turn if k in cohort.residents]
+
+                signals = cohort.exchange(own, cohort.method.exchange)
+                clock.mark("exchange")
+
+                terms = method(learners, signals, batch.targets, progress) if learners else {}
+                for key, term in terms.items():
+                    total[key] = total.get(key, 0) + term.detach() / len(batches)
+                if terms:
+                    loss = torch.stack(list(terms.values())).sum() / len(batches)
+                    cohort.scaler.scale(loss).backward()
+                clock.mark("backward")
+
+                if last:
+                    skipped = torch.maximum(skipped, _update(cohort, learners, total))
+                    clock.mark("optimizer")
+                if turn is not cohort.turns[-1]:
+                    with torch.no_grad():
+                        own |= cohort.forward(batch.images, progress.step, micro, turn)
+                    clock.mark("forward")
+
+    cohort.restore_buffers(skipped)
+    cohort.scaler.update()
+    cohort.method.after_step(
+        AfterStep(
+            residents={k: r.peer for k, r in cohort.residents.items()},
+            exchange=cohort.exchange,
+            images=batches[-1].images,
+            targets=batches[-1].targets,
+            progress=progress,
+        )
+    )
+    for resident in cohort.residents.values():
+        if resident.ema is not None:
+            resident.ema.update(resident.peer.network)
+    clock.mark("optimizer")
+    return total, skipped
+
+
+def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> Tensor:
+    """Steps the optimisers of this turn, unless some rank of the world met a non-finite loss or gradient."""
+    residents = [cohort.residents[k] for k in learners]
+    modules = [(r.peer, r.optimizer) for r in residents]
+    if cohort.shared_optimizer:
+        modules.append((cohort.method, cohort.shared_optimizer))
+    norms = [gradient_norm(module.parameters()) for module, _ in modules]
+    losses = [term for (k, _), term in total.items() if k is None or k in learners]
+    skip = 1 - torch.isfinite(torch.stack([cohort.nothing, *losses, *norms])).all().float().reshape(1)
+    dist.all_reduce(skip, dist.ReduceOp.MAX)
+
+    if cohort.scaler.is_enabled():
+        for _, optimizer in modules:
+            unscale(optimizer, skip, cohort.scaler)
+        norms = [gradient_norm(module.parameters()) for module, _ in modules]
+    for (module, optimizer), norm in zip(modules, norms, strict=True):
+        if cohort.config.train.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(module.parameters(), cohort.config.train.clip_norm, norm)
+        update(optimizer, skip, cohort.scaler)
+    for resident, norm in zip(residents, norms, strict=False):
+        total[resident.index, "grad_norm"] = norm
+    return skip

@@ -1,0 +1,282 @@
+"""The loop: steps, lines of metrics, evaluations and checkpoints, from wherever the run stands to its end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipelines import Batch, Pipeline, open_pipeline
+from engine import checkpoint
+from engine.checkpoint import Best, Manifest
+from engine.cohort import Cohort
+from engine.collectives import Launch, choose_device, start
+from engine.config import ConfigError, RunConfig, check_data, load
+from engine.evaluation import Scores, evaluate
+from engine.meter import Meter
+from engine.optim import check_optimizer
+from engine.placement import Placement, plan
+from engine.step import train_step
+from engine.timing import Clock
+from engine.tracking import Tracker, record_start
+from losses import Progress
+
+NUMBERS_DO_NOT_DEPEND_ON = {
+    "name": None,
+    "dir": None,
+    "device": None,
+    "placement": None,
+    "evaluation": None,
+    "checkpoint": None,
+    "log": None,
+    "data": {"root", "threads", "decoder"},
+    "precision": {"compile", "channels_last", "tf32"},
+    "train": {"epochs", "max_skipped"},
+}
+"""What may change between two starts of a run; null stands for a whole section."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """Too many updates in a row had to be skipped."""
+
+
+def check(config: RunConfig, launch: Launch) -> Placement:
+    """Everything that can be refused before a process group exists or a device is touched.
+
+    Raises:
+        ConfigError: naming the key, the value, what was expected and the nearest valid choice.
+    """
+    device = choose_device(config.device, launch)
+    check_optimizer(config.optimizer)
+    if config.train.sync_bn and device.type != "cuda":
+        raise ConfigError("train.sync_bn = True: works on CUDA devices only, this rank runs on the CPU; expected false")
+    placement = plan(config, launch.world, launch.rank)
+    check_data(config)
+    _check_same_run(config)
+    return placement
+
+
+def _check_same_run(config: RunConfig) -> None:
+    path = config.folder / "config.yaml"
+    if not path.exists() or not checkpoint.steps_on_disk(config.folder):
+        return
+    for key, (before, now) in _differences(_identity(load(path)), _identity(config)).items():
+        raise ConfigError(
+            f"{key} = {now!r}: the run in {config.folder} was started with {before!r}; give this one another name= or "
+            "dir=, or start over with --fresh, which moves that folder aside"
+        )
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    raw = config.model_dump(mode="json")
+    for section, keys in NUMBERS_DO_NOT_DEPEND_ON.items():
+        if keys is None:
+            raw.pop(section)
+        else:
+            raw[section] = {key: value for key, value in raw[section].items() if key not in keys}
+    return raw
+
+
+def _differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in {**before, **now}:
+            found |= _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        return found
+    return {} if before == now else {key: (before, now)}
+
+
+def train(config: RunConfig, launch: Launch) -> Path:
+    """Trains the cohort to the end of its last epoch, going on from the newest whole checkpoint if there is one.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ConfigError: before anything is started.
+        TrainingDivergedError: on all ranks at the same step.
+    """
+    placement = check(config, launch)
+    device = choose_device(config.device, launch)
+    _set_precision(config, device)
+    start(launch, device)
+    try:
+        pipeline = open_pipeline(config.data, config.seed, device)
+        try:
+            _Run(config, placement, device, pipeline).to_the_end()
+        finally:
+            pipeline.close()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return config.folder
+
+
+def _set_precision(config: RunConfig, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = config.precision.tf32
+        torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
+
+
+class _Run:
+    """One rank's part of a run."""
+
+    def __init__(self, config: RunConfig, placement: Placement, device: torch.device, pipeline: Pipeline) -> None:
+        self.config, self.placement, self.device, self.pipeline = config, placement, device, pipeline
+        self.steps_per_epoch = pipeline.steps_per_epoch
+        self.steps = config.train.epochs * self.steps_per_epoch
+        self.cohort = Cohort(
+            config,
+            placement,
+            device,
+            num_classes=pipeline.num_classes,
+            channels=pipeline.channels,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        self.meter = Meter(placement, device)
+        self.step = 0
+        self.best: Best | None = None
+        self.tracker: Tracker | None = None
+        self._resume()
+        self.clock = Clock(device)
+        self._last_line = (time.perf_counter(), self.step)
+
+    def _resume(self) -> None:
+        first = self.placement.rank == 0
+        found: list[Any] = list(checkpoint.newest(self.config.folder)) if first else [None, None]
+        dist.broadcast_object_list(found, src=0)
+        manifest: Manifest | None = found[0]
+        if manifest is not None:
+            checkpoint.load(self.config.folder, manifest, self.cohort)
+            self.step, self.best = manifest.step, manifest.best
+            self.meter.in_a_row.fill_(manifest.in_a_row)
+        if first:
+            record_start(self.config, self.placement.world)
+            self.tracker = Tracker(self.config, self.step, self.steps)
+            for message in found[1]:
+                self.tracker.say(f"not used: {message}")
+            self.tracker.say(f"{self.config.name}: {self.config.method.name}, {self.placement}; {self.config.folder}")
+            if self.step:
+                state = "complete" if self.step >= self.steps else "going on"
+                self.tracker.say(f"{state} at step {self.step} of {self.steps}, from its checkpoint")
+
+    def to_the_end(self) -> None:
+        while self.step < self.steps:
+            epoch, done = divmod(self.step, self.steps_per_epoch)
+            for batch in self.pipeline.train(epoch, done, self.placement.rows(self.config.data.global_batch)):
+                self.clock.mark("data")
+                progress = Progress(self.step, self.steps_per_epoch, self.config.train.epochs)
+                terms, skipped = train_step(self.cohort, self._micro_batches(batch), progress, self.clock)
+                self.meter.add(terms, skipped)
+                self.step += 1
+                if self.tracker:
+                    self.tracker.progress(self.step)
+                self._report_and_save()
+        if self.tracker:
+            self.tracker.close()
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        parts = self.config.train.accumulation
+        if parts == 1:
+            return [batch]
+        pieces = zip(batch.images.chunk(parts), batch.targets.chunk(parts), batch.ids.chunk(parts), strict=True)
+        return [Batch(*piece) for piece in pieces]
+
+    def _report_and_save(self) -> None:
+        """What is due after a step, in the order in which a kill between two of them loses nothing: a checkpoint comes
+        after all lines up to its step."""
+        config, step = self.config, self.step
+        epoch, within = divmod(step, self.steps_per_epoch)
+        ends_epoch, ends_run = within == 0, step == self.steps
+        save = ends_run or (ends_epoch and epoch % config.checkpoint.every_epochs == 0)
+        save |= config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0
+        score = ends_run or (ends_epoch and epoch % config.evaluation.every_epochs == 0)
+
+        if not (save or score or ends_epoch or step % config.log.every_steps == 0):
+            return
+        self._write_line()
+        if save or score:
+            self.cohort.average_buffers()
+        if score:
+            top1 = self._evaluate()
+            if self.best is None or top1 > self.best.top1:
+                self.best, save = Best(step, top1), True
+        if save:
+            checkpoint.save(
+                config.folder,
+                self.cohort,
+                step=step,
+                best=self.best,
+                in_a_row=int(self.meter.in_a_row.item()),
+                keep=config.checkpoint.keep,
+            )
+        self.clock.restart()
+        self._last_line = (time.perf_counter(), step)
+
+    def _write_line(self) -> None:
+        means, skipped, longest = self.meter.read()
+        parts = self.clock.read()
+        seconds, steps = time.perf_counter() - self._last_line[0], self.step - self._last_line[1]
+        self._last_line = (time.perf_counter(), self.step)
+        if self.tracker:
+            names = [name for name, _ in self.config.cohort]
+            terms = {f"train/{'cohort' if k is None else names[k]}/{term}": value for (k, term), value in means.items()}
+            images_per_second = steps * self.config.data.global_batch / seconds
+            self.tracker.write(
+                self.step,
+                {
+                    "epoch": self.step / self.steps_per_epoch,
+                    "lr": self.cohort.optimizers()[0].param_groups[0]["lr"],
+                    **terms,
+                    "train/skipped": skipped,
+                    "speed/images_per_second": images_per_second,
+                    **{f"speed/{part}_ms": 1000 * total / steps for part, total in parts.items()},
+                },
+            )
+            loss = sum(value for (_, term), value in means.items() if term != "grad_norm") / len(names)
+            self.tracker.progress(self.step, loss=f"{loss:.3f}", images=f"{images_per_second:.0f}/s")
+            if skipped:
+                self.tracker.say(f"step {self.step}: {skipped} updates skipped since the last line: non-finite numbers")
+        if longest >= self.config.train.max_skipped:
+            raise TrainingDivergedError(
+                f"{longest} updates in a row met a non-finite loss or gradient, up to step {self.step}; the limit is "
+                f"train.max_skipped = {self.config.train.max_skipped}. The last checkpoint is from before; try a smaller "
+                "optimizer.lr, train.clip_norm, schedule.warmup_epochs or precision.amp = bf16"
+            )
+
+    def _evaluate(self) -> float:
+        """Scores the cohort, and its averages where there are some. Returns the mean top-1 of the peers."""
+        values: dict[str, float] = {}
+        for ema in (False, True) if self.config.train.ema_decay else (False,):
+            scores = evaluate(
+                self.cohort.networks(ema),
+                self.cohort.exchange,
+                self.placement,
+                self.pipeline,
+                batch=self.config.evaluation.batch,
+                device=self.device,
+                autocast=self.cohort.autocast,
+            )
+            values |= flatten(scores, [name for name, _ in self.config.cohort], "ema" if ema else "val")
+        if self.tracker:
+            self.tracker.write(self.step, {"epoch": self.step / self.steps_per_epoch, **values})
+            shown = ", ".join(
+                f"{key.split('/')[1]} {value:.2f}"
+                for key, value in values.items()
+                if key.endswith("/top1") and key[:3] == "val"
+            )
+            self.tracker.say(f"epoch {self.step // self.steps_per_epoch}: top-1 % {shown}")
+        peers = [values[f"val/{name}/top1"] for name, _ in self.config.cohort]
+        return sum(peers) / len(peers)
+
+
+def flatten(scores: Scores, names: list[str], prefix: str) -> dict[str, float]:
+    """Scores as `prefix/peer/top1` and so on, the keys of `metrics.jsonl`."""
+    named = {**dict(zip(names, scores.peers, strict=True)), "ensemble": scores.ensemble}
+    values = {f"{prefix}/{name}/{key}": value for name, score in named.items() for key, value in asdict(score).items()}
+    return values | {f"{prefix}/disagreement": scores.disagreement}

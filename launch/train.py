@@ -1,0 +1,90 @@
+"""Trains a cohort.
+
+Alone:                python launch/train.py configs/fashion_mnist/dml.yaml
+On 8 GPUs:            torchrun --nproc-per-node=8 launch/train.py configs/imagenet/dml_resnet50.yaml
+With other values:    ... train.epochs=10 optimizer.lr=0.05 peers.0.network=cifar_resnet32_b
+
+The run's folder (runs/NAME, or dir=...) holds the resolved config, metrics.jsonl, checkpoints, a table and curves.png.
+A run that was killed goes on from its newest whole checkpoint when it is started again, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from engine import config as configuration
+from engine import report
+from engine.collectives import Launch
+from engine.config import RunConfig
+from engine.trainer import check, train
+from launch.entry import parser, user_errors
+
+EPILOG = """\
+Every key, with what it means:  launch/train.py --keys
+Exit codes: 0 trained to the end, 1 failed, 2 a mistake in the config, the data or the command line.
+"""
+
+
+@record
+def main() -> None:
+    """The command."""
+    arguments = parser(__doc__ or "", EPILOG)
+    arguments.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as those in configs/")
+    arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
+    arguments.add_argument("--print-config", action="store_true", help="print the resolved config and end")
+    arguments.add_argument("--check", action="store_true", help="check config, data and placement, and end")
+    arguments.add_argument("--keys", action="store_true", help="print every key with its default and meaning, and end")
+    arguments.add_argument("--fresh", action="store_true", help="start over; a folder of an earlier run is moved aside")
+    options = arguments.parse_args()
+    launch = Launch.from_environment()
+    if options.keys:
+        if launch.rank == 0:
+            print(configuration.describe())
+        return
+    if options.config is None:
+        arguments.error("CONFIG is missing; expected a YAML file, such as configs/fashion_mnist/quickstart_dml.yaml")
+
+    with user_errors(launch):
+        config = configuration.load(options.config, options.overrides)
+        if options.print_config:
+            if launch.rank == 0:
+                print(configuration.dump(config), end="")
+            return
+        if options.fresh and _first_start():
+            _move_aside(config, launch)
+        if options.check:
+            placement = check(config, launch)
+            if launch.rank == 0:
+                print(f"{config.name}: {config.method.name}; {placement}")
+            return
+        folder = train(config, launch)
+        if launch.rank == 0:
+            _summarise(folder)
+
+
+def _first_start() -> bool:
+    # A restart by torchrun or by Slurm repeats the command line, and must go on, not start over.
+    return not any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def _move_aside(config: RunConfig, launch: Launch) -> None:
+    if launch.rank == 0 and config.folder.exists():
+        aside = config.folder.with_name(f"{config.folder.name}.{datetime.now():%Y%m%d-%H%M%S}")
+        config.folder.rename(aside)
+        print(f"the earlier run is now in {aside}", file=sys.stderr)
+
+
+def _summarise(folder: Path) -> None:
+    report.curves([folder], folder / "curves.png")
+    text = report.table([folder])
+    (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\n{folder / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main()

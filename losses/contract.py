@@ -1,0 +1,120 @@
+"""The contract between a method and the engine.
+
+A method never sees a rank, a group or a device. It says which signals the peers show each other, is given the signals
+of all K peers, and returns the terms of the joint objective that depend on the peers that live here. The gradient of
+their sum with respect to those peers' parameters then *is* the gradient of the joint objective, so the backward pass
+needs no communication between peers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+Signals = Mapping[str, Tensor]
+"""What one peer shows for one batch: name -> tensor whose first dimension is the rows. `logits` [N, C] is always there."""
+
+Terms = dict[tuple[int | None, str], Tensor]
+"""(peer, or None for a term of the whole cohort; name of the term) -> weighted scalar."""
+
+
+class MethodOptions(BaseModel):
+    """The keys of `method:` in a config. A subclass narrows `name` to its own name and adds the method's options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+
+
+class PeerInfo(NamedTuple):
+    """What a method may know of a peer when it builds the peer's head."""
+
+    index: int
+    num_classes: int
+    num_features: int
+    """Width of `features`, the pooled vector that enters the peer's classifier."""
+
+
+class Progress(NamedTuple):
+    """Where the run is. Ramps and schedules are functions of it, so that they need no state of their own."""
+
+    step: int
+    """Optimiser steps done."""
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under way, counted from 0."""
+        return self.step // self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class AfterStep:
+    """What a method may use after an optimiser step, wherever the peers are."""
+
+    residents: Mapping[int, nn.Module]
+    """The peers that live here, by index: network and head. Their parameters may be written in place."""
+    exchange: Callable[[Mapping[int, Signals]], Sequence[Signals]]
+    """Takes named tensors of each resident, gives those of all K peers. Every rank must call it equally often."""
+    images: Tensor
+    targets: Tensor
+    progress: Progress
+
+
+class Method(nn.Module, ABC):
+    """A published way to couple peers.
+
+    Modules that all peers share (a gate, an ensemble classifier) are ordinary submodules: every rank sees all signals,
+    computes their full gradient and the engine averages it over all ranks. Buffers and parameters are saved with the run.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[MethodOptions]]
+    signals: ClassVar[tuple[str, ...]] = ("logits",)
+    """What the peers show each other. Known to every peer: `logits` [N, C] and `features` [N, D]; a head adds more."""
+    exchange: ClassVar[Literal["none", "detached", "differentiable"]] = "detached"
+    """Whether signals of the other peers come without gradient or carry it back to their owner; `none` sends nothing."""
+
+    def __init__(self, options: Any, peers: Sequence[PeerInfo]) -> None:
+        super().__init__()
+        self.options = options
+        self.num_peers = len(peers)
+
+    @classmethod
+    def check(cls, options: Any, num_peers: int) -> None:
+        """Refuses a cohort that this method cannot train.
+
+        Raises:
+            ValueError: with what was found and what the method needs.
+        """
+
+    def head(self, peer: PeerInfo) -> nn.Module | None:
+        """Builds what is attached to one peer and left behind at export: {`logits`, `features`} -> further signals."""
+        return None
+
+    @classmethod
+    def turns(cls, options: Any, num_peers: int) -> Sequence[Sequence[int]]:
+        """The peers that are updated together, turn after turn; signals are refreshed between turns."""
+        return (range(num_peers),)
+
+    @abstractmethod
+    def forward(
+        self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
+    ) -> Terms:
+        """The terms of the joint objective that depend on `residents`.
+
+        Args:
+            residents: the peers of this turn that live here; their signals are live.
+            signals: those of all K peers, in order, for the same N rows, in float32.
+            targets: class indices [N].
+            progress: of the run.
+        """
+
+    def after_step(self, after: AfterStep) -> None:
+        """Acts after the optimiser step: parameter communication, moving-average teachers, an outer step."""

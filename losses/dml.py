@@ -1,0 +1,79 @@
+"""Deep Mutual Learning (Zhang, Xiang, Hospedales, Lu; CVPR 2018, arXiv 1706.00384)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from losses.contract import Method, MethodOptions, Progress, Signals, Terms
+from losses.functional import cross_entropy, cross_term, negative_entropy, sum_of_others, tempered_log_softmax
+
+
+class DMLOptions(MethodOptions):
+    """Options of `dml`."""
+
+    name: Literal["dml"] = "dml"
+    combine: Literal["mean", "sum", "ensemble"] = Field(
+        "mean",
+        description="how the K-1 other peers teach: `mean` of their KL terms (the paper), `sum` (the official code), or "
+        "one KL term from the `ensemble` of their probabilities (DML_e; same gradients as `mean`)",
+    )
+    order: Literal["simultaneous", "sequential"] = Field(
+        "simultaneous",
+        description="`sequential` is the paper's Algorithm 1: peers are updated one after another, each against "
+        "predictions that earlier peers recompute after their update; K exchanges a step and no parallelism",
+    )
+    temperature: float = Field(1.0, gt=0, description="T of both softmaxes; the term is multiplied by T^2")
+    weight: float = Field(1.0, ge=0, description="weight of the KL term; 1 in the paper")
+
+
+class DML(Method):
+    r"""Every peer matches the class probabilities of the others.
+
+    With K peers, logits z_k [N, C], p_k = softmax(z_k / T) and the others' p_j constant,
+
+        L_k = CE(z_k, y) + \lambda T^2 / (K-1) \sum_{j != k} KL(p_j || p_k)
+
+    where CE and KL are means over rows. Since KL is linear in p_j but for an entropy, only q = mean_{j != k} p_j enters
+    the gradient: dL_k/dz_k = [softmax(z_k) - y + \lambda T (p_k - q)] / N.
+    """
+
+    name = "dml"
+    Options = DMLOptions
+    options: DMLOptions
+
+    @classmethod
+    def check(cls, options: DMLOptions, num_peers: int) -> None:
+        if num_peers < 2:
+            raise ValueError("dml needs at least 2 peers to teach each other, found 1")
+
+    @classmethod
+    def turns(cls, options: DMLOptions, num_peers: int) -> Sequence[Sequence[int]]:
+        if options.order == "sequential":
+            return [(k,) for k in range(num_peers)]
+        return super().turns(options, num_peers)
+
+    def forward(
+        self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
+    ) -> Terms:
+        options, others = self.options, self.num_peers - 1
+        scale = options.weight * options.temperature**2 * (others if options.combine == "sum" else 1)
+        log_p = [tempered_log_softmax(peer["logits"], options.temperature) for peer in signals]
+        with torch.no_grad():
+            p = [x.exp() for x in log_p]
+            negentropy = [negative_entropy(x) for x in log_p]
+
+        terms: Terms = {}
+        for k in residents:
+            q = sum_of_others(p, k) / others
+            if options.combine == "ensemble":
+                own = torch.special.xlogy(q, q).sum(-1).mean()
+            else:
+                own = sum_of_others(negentropy, k) / others
+            terms[k, "ce"] = cross_entropy(signals[k]["logits"], targets)
+            terms[k, "kl"] = scale * (own - cross_term(q, log_p[k]))
+        return terms

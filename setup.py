@@ -1,0 +1,42 @@
+"""Installs Cohort: `pip install .`, with DALI `pip install .[dali-cuda13]` or `.[dali-cuda12]`."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="cohort",
+    version="0.1.0",
+    description="Train networks that teach each other: online knowledge distillation, distributed, at ImageNet scale",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["data_pipelines", "engine", "launch", "losses", "models"],
+    package_data={"data_pipelines": ["fashion_mnist_subset/*"]},
+    install_requires=[
+        "matplotlib",
+        "numpy",
+        "pillow",
+        "pydantic>=2.7",
+        "pyyaml",
+        "safetensors",
+        "timm>=1.0.20",
+        "torch>=2.11",
+        "torchvision",
+        "tqdm",
+        "wandb>=0.19",
+    ],
+    extras_require={
+        "dali-cuda12": ["nvidia-dali-cuda120>=2.0"],
+        "dali-cuda13": ["nvidia-dali-cuda130>=2.0"],
+        "dev": [
+            "import-linter",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "types-PyYAML",
+        ],
+    },
+)

@@ -1,0 +1,62 @@
+"""Promise 2, for any pipeline: what a row of a step is does not depend on who asks for it, or how."""
+
+import numpy as np
+import torch
+
+from data_pipelines import Batch, Pipeline, order
+
+
+def same(a: Batch, b: Batch) -> bool:
+    """Returns whether two batches are equal bit for bit."""
+    return all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("images", "targets", "ids"))
+
+
+def join(batches: list[Batch]) -> Batch:
+    """Puts batches back together."""
+    return Batch(*(torch.cat([getattr(batch, key) for batch in batches]) for key in ("images", "targets", "ids")))
+
+
+def assert_rows_do_not_depend_on_the_cut(pipeline: Pipeline) -> None:
+    """Compares whole global batches with the same ones cut in 2, 3 and 4 uneven parts."""
+    whole = list(pipeline.train(1, 0, slice(0, pipeline.global_batch)))
+    assert len(whole) == pipeline.steps_per_epoch == pipeline.train_size // pipeline.global_batch
+    for parts in (2, 3, 4):
+        cut = [order.part(pipeline.global_batch, index, parts) for index in range(parts)]
+        streams = [list(pipeline.train(1, 0, slice(rows.start, rows.stop))) for rows in cut]
+        for step, expected in enumerate(whole):
+            assert same(join([stream[step] for stream in streams]), expected)
+
+
+def assert_an_epoch_can_begin_anywhere(pipeline: Pipeline) -> None:
+    """Compares the end of an epoch with the epoch begun there, and two epochs with each other."""
+    rows = slice(0, pipeline.global_batch)
+    whole = list(pipeline.train(2, 0, rows))
+    for first in range(1, pipeline.steps_per_epoch + 1):
+        rest = list(pipeline.train(2, first, rows))
+        assert len(rest) == pipeline.steps_per_epoch - first
+        assert all(same(a, b) for a, b in zip(rest, whole[first:], strict=True))
+    ids = join(whole).ids
+    assert ids.unique().numel() == ids.numel()
+    assert not torch.equal(join(list(pipeline.train(3, 0, rows))).ids, ids)
+
+
+def assert_each_validation_row_comes_once(pipeline: Pipeline) -> None:
+    """Compares the validation split in one batch with the same cut into parts and batches of many sizes."""
+    (whole,) = pipeline.evaluate(0, 1, pipeline.eval_size)
+    assert whole.ids.tolist() == list(range(pipeline.eval_size))
+    for parts, batch in ((1, 4), (2, 3), (3, pipeline.eval_size), (4, 1), (pipeline.eval_size + 3, 2)):
+        batches = [list(pipeline.evaluate(part, parts, batch)) for part in range(parts)]
+        assert same(join([each for part in batches for each in part]), whole)
+        sizes = [[len(each.ids) for each in part] for part in batches]
+        assert all(size == batch for part in sizes for size in part[:-1])
+        assert all(0 < size <= batch for part in sizes for size in part)
+
+
+def assert_a_batch_is_as_promised(pipeline: Pipeline, labels: np.ndarray) -> None:
+    """Checks shapes, types, memory and the targets of the first batch."""
+    batch = next(iter(pipeline.train(0, 0, slice(1, 4))))
+    side = pipeline.image_size
+    assert batch.images.shape == (3, pipeline.channels, side, side)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert (batch.images.dtype, batch.targets.dtype, batch.ids.dtype) == (torch.float32, torch.int64, torch.int64)
+    assert batch.targets.tolist() == labels[batch.ids.numpy()].tolist()

@@ -1,0 +1,125 @@
+"""Resident data: augmentation against a slow reference, and rows that do not depend on who asks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipelines import DataConfig, Pipeline, open_pipeline, order
+from data_pipelines.pixels import Normalise
+from data_pipelines.readers import STANDARD
+from data_pipelines.resident import augment
+from tests.data_pipelines import cutting
+from tests.data_pipelines.files import write_fashion
+
+_CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fashion")
+    write_fashion(root, train=61, test=23)
+    return root
+
+
+def _open(root: Path, **options: Any) -> Pipeline:
+    config = DataConfig(dataset="fashion_mnist", root=root, global_batch=10, **options)
+    return open_pipeline(config, seed=5, device=_CPU)
+
+
+@pytest.fixture
+def pipeline(fashion: Path) -> Iterator[Pipeline]:
+    opened = _open(fashion)
+    yield opened
+    opened.close()
+
+
+def test_a_batch_is_as_promised(pipeline: Pipeline, fashion: Path) -> None:
+    cutting.assert_a_batch_is_as_promised(pipeline, STANDARD["fashion_mnist"].read(fashion)[0].labels)
+
+
+def test_rows_do_not_depend_on_the_cut(pipeline: Pipeline) -> None:
+    cutting.assert_rows_do_not_depend_on_the_cut(pipeline)
+
+
+def test_an_epoch_can_begin_anywhere(pipeline: Pipeline) -> None:
+    cutting.assert_an_epoch_can_begin_anywhere(pipeline)
+
+
+def test_each_validation_row_comes_once(pipeline: Pipeline) -> None:
+    cutting.assert_each_validation_row_comes_once(pipeline)
+
+
+@pytest.mark.parametrize("padding_mode", ["reflect", "zeros"])
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("flip", [True, False])
+def test_training_images_against_a_slow_reference(fashion: Path, padding_mode: str, padding: int, flip: bool) -> None:
+    pipeline = _open(fashion, padding=padding, padding_mode=padding_mode, flip=flip, mean=[0.25], std=[0.5])
+    images = STANDARD["fashion_mnist"].read(fashion)[0].images
+    for step, batch in enumerate(pipeline.train(4, 0, slice(0, 10))):
+        uniforms = order.augmentation(5, 4, step, 10, 3)
+        assert batch.ids.tolist() == order.epoch_order(5, 4, 61)[step * 10 : step * 10 + 10].tolist()
+        for row, index in enumerate(batch.ids.tolist()):
+            expected = _reference(images[index], uniforms[row], padding, padding_mode, flip).astype(np.float64)
+            actual = batch.images[row].permute(1, 2, 0).numpy()
+            np.testing.assert_allclose(actual, (expected / 255 - 0.25) / 0.5, atol=1e-6)
+
+
+def _reference(image: np.ndarray, uniforms: np.ndarray, padding: int, padding_mode: str, flip: bool) -> np.ndarray:
+    mode: Any = "reflect" if padding_mode == "reflect" else "constant"
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode=mode)
+    top, left = (int(uniform * (2 * padding + 1)) for uniform in uniforms[:2])
+    crop = padded[top : top + len(image), left : left + len(image)]
+    return crop[:, ::-1] if flip and uniforms[2] < 0.5 else crop
+
+
+@pytest.mark.parametrize("padding_mode", ["reflect", "zeros"])
+def test_every_shift_of_a_coloured_oblong_image(padding_mode: str) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (3, 9, 7, 3), np.uint8)
+    shifts = [(top, left, flip) for top in range(11) for left in range(11) for flip in (False, True)]
+    ids = torch.arange(len(shifts)) % 3
+    top, left, flip = (torch.tensor(column) for column in zip(*shifts, strict=True))
+    actual = augment(torch.from_numpy(images), ids, top, left, flip, 5, padding_mode)
+    assert actual.is_contiguous()
+    mode: Any = "reflect" if padding_mode == "reflect" else "constant"
+    for row, (y, x, mirrored) in enumerate(shifts):
+        crop = np.pad(images[row % 3], ((5, 5), (5, 5), (0, 0)), mode=mode)[y : y + 9, x : x + 7]
+        assert np.array_equal(actual[row].numpy(), crop[:, ::-1] if mirrored else crop)
+
+
+def test_shifts_and_flips_are_all_equally_likely(fashion: Path) -> None:
+    rows = np.concatenate([order.augmentation(0, 0, step, 1000, 3) for step in range(50)])
+    for column in (0, 1):
+        counts = np.bincount((rows[:, column] * 9).astype(int), minlength=9)
+        assert np.abs(counts - 50_000 / 9).max() < 5 * np.sqrt(50_000 / 9)
+    assert abs((rows[:, 2] < 0.5).mean() - 0.5) < 0.01
+
+
+def test_validation_images_are_not_augmented(fashion: Path) -> None:
+    pipeline = _open(fashion)
+    (batch,) = pipeline.evaluate(1, 2, 100)
+    images, labels = (getattr(STANDARD["fashion_mnist"].read(fashion)[1], key)[11:] for key in ("images", "labels"))
+    np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1).numpy(), (images / 255 - 0.2860) / 0.3530, atol=1e-6)
+    assert batch.targets.tolist() == labels.tolist()
+
+
+def test_normalise_against_its_definition() -> None:
+    pixels = torch.randint(0, 256, (5, 6, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.4])
+    normalise = Normalise(mean.tolist(), std.tolist(), 4, _CPU)
+    expected = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+    torch.testing.assert_close(normalise(pixels), expected)
+    assert normalise(pixels).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(torch.cat([normalise(part) for part in pixels.split([1, 3, 1])]), normalise(pixels))
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_bits(fashion: Path) -> None:
+    config = DataConfig(dataset="fashion_mnist", root=fashion, global_batch=10)
+    pipelines = [open_pipeline(config, 5, device) for device in (_CPU, torch.device("cuda"))]
+    for a, b in zip(*(pipeline.train(0, 0, slice(2, 9)) for pipeline in pipelines), strict=True):
+        assert b.images.is_cuda
+        assert cutting.same(a, type(b)(b.images.cpu(), b.targets.cpu(), b.ids.cpu()))

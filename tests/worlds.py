@@ -1,0 +1,92 @@
+"""Real gloo worlds for tests: ranks are forked from a server that has imported torch once, so a world costs tenths of a
+second."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.collectives import Launch, start
+
+
+@functools.cache
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return context
+
+
+def run_world(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    """Calls `function(*arguments)`, a function at the top of a module, on every rank of a new gloo world.
+
+    Returns:
+        What each rank returned (anything torch can save), in the order of ranks.
+
+    Raises:
+        RuntimeError: with the traceback of a rank that failed, or naming the ranks that did not end in time.
+    """
+    return run_ranks(size, _with_process_group, function, *arguments, timeout=timeout)
+
+
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    """As `run_world`, for functions that start the process group themselves, from what torchrun's environment says."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ranks = [
+            _context().Process(target=_rank, args=(rank, size, port, folder, function, arguments))
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            while running := [p for p in ranks if p.exitcode is None]:
+                if not multiprocessing.connection.wait([p.sentinel for p in running], timeout):
+                    raise RuntimeError(f"ranks {[ranks.index(p) for p in running]} did not end within {timeout} s")
+                if any(p.exitcode for p in ranks):
+                    failed = [path.read_text() for path in folder.glob("*.failed")]
+                    raise RuntimeError("\n".join(failed) or f"exit codes {[p.exitcode for p in ranks]}")
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(size)]
+
+
+def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        torch.save(function(*arguments), folder / f"{rank}.result")
+    except BaseException:
+        (folder / f"{rank}.failed").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
+
+
+def _with_process_group(function: Callable[..., Any], *arguments: Any) -> Any:
+    start(Launch.from_environment(), torch.device("cpu"))
+    try:
+        return function(*arguments)
+    finally:
+        dist.destroy_process_group()
