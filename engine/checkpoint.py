@@ -212,7 +212,7 @@ def verify(folder: Path) -> Manifest:
 
 def newest(run: Path) -> tuple[Manifest | None, list[str]]:
     """The newest checkpoint that is whole, if there is one, and what is wrong with those that are newer."""
-    damaged = []
+    damaged: list[str] = []
     for step in reversed(steps_on_disk(run)):
         try:
             return verify(folder_of(run, step)), damaged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ class Resident:
     name: str
     peer: Peer
     wrapped: nn.Module
-    """The peer as it is called in training: averaging gradients over its replica group, where that has several ranks."""
+    """The peer as it is called in training: it averages gradients over its replica group, if that has several ranks."""
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
     ema: ModelEmaV3 | None
@@ -168,7 +169,7 @@ class Cohort:
             yield
 
     def begin_step(self, step: int) -> None:
-        """Sets the learning rates of update number `step`, drops old gradients, remembers buffers for a skipped step."""
+        """Sets the learning rates of update number `step`, drops old gradients, remembers buffers in case of a skip."""
         for schedule in self._schedules:
             schedule.step_update(step)
         for optimizer in self.optimizers():
@@ -219,9 +220,11 @@ def _average_gradients(module: nn.Module, group: dist.ProcessGroup | None, devic
         device_ids=[device.index] if device.type == "cuda" else None,
         process_group=group,
         gradient_as_bucket_view=True,
-        # Each rank keeps its own BatchNorm statistics; average_buffers brings them together when somebody looks.
-        **{"forward_sync_buffers" if _HAS_FORWARD_SYNC else "broadcast_buffers": False},
+        **_KEEP_BUFFERS,
     )
 
 
-_HAS_FORWARD_SYNC = "forward_sync_buffers" in DistributedDataParallel.__init__.__annotations__
+# Each rank keeps its own BatchNorm statistics; average_buffers brings them together when somebody looks. The argument's
+# name changed with torch 2.13.
+_NEW_NAME = "forward_sync_buffers" in DistributedDataParallel.__init__.__annotations__
+_KEEP_BUFFERS: Any = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}

@@ -56,7 +56,7 @@ def start(launch: Launch, device: torch.device) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=FIRST_STEP_TIMEOUT)
     else:
-        store = dist.HashStore()
+        store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.world, timeout=FIRST_STEP_TIMEOUT
         )

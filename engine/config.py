@@ -9,7 +9,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -112,8 +112,8 @@ class PlacementConfig(_Section):
 
     kind: Literal["auto", "colocated", "spread", "hybrid"] = Field(
         "auto",
-        description="colocated: all peers on every rank; spread: one peer a rank; hybrid: peers_per_rank on each; auto: "
-        "as few a rank as the number of ranks allows",
+        description="colocated: all peers on every rank; spread: one peer a rank; hybrid: peers_per_rank on each; "
+        "auto: as few a rank as the number of ranks allows",
     )
     peers_per_rank: int | None = Field(None, ge=1, description="hybrid: peers on each rank, a divisor of their number")
     exchange_dtype: Literal["float32", "bf16"] = Field("float32", description="number format of signals under way")
@@ -122,8 +122,8 @@ class PlacementConfig(_Section):
     def _peers_per_rank_belongs_to_hybrid(self) -> PlacementConfig:
         if (self.kind == "hybrid") != (self.peers_per_rank is not None):
             raise ValueError(
-                f"peers_per_rank = {self.peers_per_rank}: kind = hybrid needs a number of peers, other kinds have none; "
-                f"found kind = {self.kind}"
+                f"peers_per_rank = {self.peers_per_rank}: kind = hybrid needs a number of peers, other kinds have "
+                f"none; found kind = {self.kind}"
             )
         return self
 
@@ -215,7 +215,8 @@ class RunConfig(_Section):
             )
         if self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError(
-                f"schedule.warmup_epochs = {self.schedule.warmup_epochs}: expected at most train.epochs = {self.train.epochs}"
+                f"schedule.warmup_epochs = {self.schedule.warmup_epochs}: expected at most train.epochs = "
+                f"{self.train.epochs}"
             )
         if self.schedule.milestones and self.schedule.milestones[-1] >= self.train.epochs:
             raise ValueError(
@@ -312,8 +313,8 @@ def _yaml_names(folder: Path) -> list[str]:
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`own` over `base`, section by section. A section that names another kind of thing starts afresh, since the options
-    of the one are not options of the other."""
+    """`own` over `base`, section by section. A section that names another kind of thing starts afresh, since the
+    options of the one are not options of the other."""
     merged = dict(base)
     for key, value in own.items():
         old = merged.get(key)
@@ -409,8 +410,7 @@ def _fields(loc: Sequence[int | str], raw: Mapping[str, Any]) -> Iterator[str]:
     for part in loc:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation
-            inner = getattr(annotation, "__args__", (annotation,))[0]
-            model = inner
+            model = next(t for t in (annotation, *typing.get_args(annotation)) if _is_section(t))
     yield from model.model_fields
 
 
@@ -442,5 +442,5 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -90,10 +90,10 @@ def evaluate(
     counted, *sums = seen[:3].tolist()
     if (counted, *sums) != (n, n * (n - 1) // 2, (n - 1) * n * (2 * n - 1) // 6):
         raise RuntimeError(
-            f"evaluation counted {counted} images where the validation split has {n}, each once; their ids do not add up"
+            f"evaluation counted {counted} images, or some of them twice; the validation split has {n}, each once"
         )
     percent = (right.double() * 100 / n).tolist()
-    scores = [Score(*counts, value) for counts, value in zip(percent, (loss / n).tolist(), strict=True)]
+    scores = [Score(top1, top5, value) for (top1, top5), value in zip(percent, (loss / n).tolist(), strict=True)]
     return Scores(scores[:-1], scores[-1], 100.0 * seen[3].item() / (n * max(len(pairs), 1)))
 
 

@@ -16,7 +16,7 @@ def seed_for(*words: int) -> int:
 
 @contextlib.contextmanager
 def initialisation(seed: int, peer: int) -> Iterator[None]:
-    """Weights drawn inside depend on the run's seed and the peer alone, wherever and in whatever order peers are built."""
+    """Weights drawn inside depend on the run's seed and the peer alone, wherever and whenever the peer is built."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_for(seed, 0, peer))
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def table(runs: Sequence[Path]) -> str:
                 key = f"{prefix}/{name}"
                 if f"{key}/top1" not in lines[-1]:
                     continue
-                best = max(lines, key=lambda line, key=key: line[f"{key}/top1"])
+                best = max(lines, key=operator.itemgetter(f"{key}/top1"))
                 shown = name if prefix == "val" else f"{name} (average)"
                 last = [f"{lines[-1][f'{key}/{part}']:.2f}" for part in ("top1", "top5")]
                 loss = f"{lines[-1][f'{key}/loss']:.3f}"

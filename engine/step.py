@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipelines import Batch
 from engine.cohort import Cohort
@@ -81,7 +81,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
 def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> Tensor:
     """Steps the optimisers of this turn, unless some rank of the world met a non-finite loss or gradient."""
     residents = [cohort.residents[k] for k in learners]
-    modules = [(r.peer, r.optimizer) for r in residents]
+    modules: list[tuple[nn.Module, torch.optim.Optimizer]] = [(r.peer, r.optimizer) for r in residents]
     if cohort.shared_optimizer:
         modules.append((cohort.method, cohort.shared_optimizer))
     norms = [gradient_norm(module.parameters()) for module, _ in modules]

@@ -245,8 +245,8 @@ class _Run:
         if longest >= self.config.train.max_skipped:
             raise TrainingDivergedError(
                 f"{longest} updates in a row met a non-finite loss or gradient, up to step {self.step}; the limit is "
-                f"train.max_skipped = {self.config.train.max_skipped}. The last checkpoint is from before; try a smaller "
-                "optimizer.lr, train.clip_norm, schedule.warmup_epochs or precision.amp = bf16"
+                f"train.max_skipped = {self.config.train.max_skipped}. The last checkpoint is from before; try a "
+                "smaller optimizer.lr, train.clip_norm, schedule.warmup_epochs or precision.amp = bf16"
             )
 
     def _evaluate(self) -> float:

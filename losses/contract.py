@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 Signals = Mapping[str, Tensor]
-"""What one peer shows for one batch: name -> tensor whose first dimension is the rows. `logits` [N, C] is always there."""
+"""What one peer shows for one batch: name -> tensor, rows first. `logits` [N, C] is always there."""
 
 Terms = dict[tuple[int | None, str], Tensor]
 """(peer, or None for a term of the whole cohort; name of the term) -> weighted scalar."""
@@ -31,7 +31,8 @@ class MethodOptions(BaseModel):
     name: str
 
 
-class PeerInfo(NamedTuple):
+@dataclass(frozen=True)
+class PeerInfo:
     """What a method may know of a peer when it builds the peer's head."""
 
     index: int
@@ -71,7 +72,7 @@ class Method(nn.Module, ABC):
     """A published way to couple peers.
 
     Modules that all peers share (a gate, an ensemble classifier) are ordinary submodules: every rank sees all signals,
-    computes their full gradient and the engine averages it over all ranks. Buffers and parameters are saved with the run.
+    computes their full gradient and the engine averages it over all ranks. They are saved with the run, buffers too.
     """
 
     name: ClassVar[str]
@@ -79,7 +80,7 @@ class Method(nn.Module, ABC):
     signals: ClassVar[tuple[str, ...]] = ("logits",)
     """What the peers show each other. Known to every peer: `logits` [N, C] and `features` [N, D]; a head adds more."""
     exchange: ClassVar[Literal["none", "detached", "differentiable"]] = "detached"
-    """Whether signals of the other peers come without gradient or carry it back to their owner; `none` sends nothing."""
+    """Whether signals of other peers come without gradient or carry it back to their owner; `none` sends nothing."""
 
     def __init__(self, options: Any, peers: Sequence[PeerInfo]) -> None:
         super().__init__()

@@ -19,8 +19,8 @@ class DMLOptions(MethodOptions):
     name: Literal["dml"] = "dml"
     combine: Literal["mean", "sum", "ensemble"] = Field(
         "mean",
-        description="how the K-1 other peers teach: `mean` of their KL terms (the paper), `sum` (the official code), or "
-        "one KL term from the `ensemble` of their probabilities (DML_e; same gradients as `mean`)",
+        description="how the K-1 other peers teach: `mean` of their KL terms (the paper), `sum` (the official code), "
+        "or one KL term from the `ensemble` of their probabilities (DML_e; same gradients as `mean`)",
     )
     order: Literal["simultaneous", "sequential"] = Field(
         "simultaneous",

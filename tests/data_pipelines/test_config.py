@@ -38,7 +38,8 @@ _FOLDER = {"dataset": "image_folder", "root": "/data", "global_batch": 8}
         ),
         (
             _FOLDER | {"padding": 4},
-            "Value error, padding: 4 has no meaning for dataset image_folder; it belongs to the data sets of 28 and 32 pixels",
+            "Value error, padding: 4 has no meaning for dataset image_folder; "
+            "it belongs to the data sets of 28 and 32 pixels",
         ),
         (
             _SUBSET | {"mean": [0.5] * 3},

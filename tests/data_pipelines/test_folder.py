@@ -78,8 +78,8 @@ _ERRORS: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         _link("train/cat/key.JPEG", "../../../secret/key.JPEG"),
-        "{root}/train/cat/key.JPEG: expected a file or folder inside {root}, found a link to {root.parent}/secret/key.JPEG. "
-        "Copy it, or link inside.",
+        "{root}/train/cat/key.JPEG: expected a file or folder inside {root}, "
+        "found a link to {root.parent}/secret/key.JPEG. Copy it, or link inside.",
     ),
     (
         _link("val/cow", "../../secret"),
