@@ -12,6 +12,7 @@ functions of the step, so there is nothing of them to save.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import uuid
@@ -93,7 +94,7 @@ def save(run: Path, cohort: Cohort, *, step: int, best: Best | None, in_a_row: i
             shared = cohort.shared_optimizer
             state = {"module": cohort.method.state_dict(), "optimizer": shared and shared.state_dict()}
             _write(aside / "method.pt", state, files)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError is what torch makes of a full disk.
         failure = failure or str(error)
     reports: list[tuple[str | None, dict[str, dict[str, Any]]]] = [(None, {})] * cohort.placement.world
     dist.all_gather_object(reports, (failure, files))
@@ -154,8 +155,9 @@ def _prune(run: Path, keep: int, best: Best | None) -> None:
     for step in steps_on_disk(run)[:-keep]:
         if best is None or step != best.step:
             _remove(folder_of(run, step))
-    for left_over in (run / "checkpoints").glob("*.removed"):
-        shutil.rmtree(left_over, ignore_errors=True)
+    for pattern in ("step_*.removed", "step_*.tmp"):  # What kills left behind; nothing is being written now.
+        for left_over in (run / "checkpoints").glob(pattern):
+            shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
@@ -192,20 +194,25 @@ def verify(folder: Path) -> Manifest:
             raise CheckpointError(f"{path}: version {version!r}; this program reads version {VERSION}")
         best = raw.pop("best")
         manifest = Manifest(**raw, best=best and Best(**best))
+        wanted = ["method.pt", *(f"peer_{name}.pt" for name in manifest.peers)]
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.files.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the checkpoint was not finished") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a manifest: {error}") from None
-    for name, expected in manifest.files.items():
+    for name in wanted:
+        if name not in files:
+            raise CheckpointError(f"{path}: does not name {name}")
+    for name, (bytes_expected, sha256) in files.items():
         file = folder / name
         if Path(name).name != name:
             raise CheckpointError(f"{path}: names a file outside the checkpoint: {name!r}")
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         size = file.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(f"{file}: cut short or altered: {expected['size']} bytes expected, {size} found")
-        if digest(file)["sha256"] != expected["sha256"]:
+        if size != bytes_expected:
+            raise CheckpointError(f"{file}: cut short or altered: {bytes_expected} bytes expected, {size} found")
+        if digest(file)["sha256"] != sha256:
             raise CheckpointError(f"{file}: altered: its SHA-256 is not the one in the manifest")
     return manifest
 
@@ -222,8 +229,18 @@ def newest(run: Path) -> tuple[Manifest | None, list[str]]:
 
 
 def read_state(folder: Path, name: str) -> dict[str, Any]:
-    """One file of a checkpoint, on the CPU, without executing anything that may stand in it."""
-    return torch.load(folder / name, map_location="cpu", weights_only=True)
+    """One file of a checkpoint, on the CPU, without executing anything that may stand in it.
+
+    Raises:
+        CheckpointError: it holds something else than tensors and plain values.
+    """
+    try:
+        return torch.load(folder / name, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{folder / name}: refused, as it is no file of tensors and nothing in it is executed: {reason}"
+        ) from None
 
 
 def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:

@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class RunConfig(_Section):
     @property
     def folder(self) -> Path:
         """Where the run lives."""
-        return self.dir or Path("runs") / self.name
+        return self.dir.expanduser() if self.dir else Path("runs") / self.name
 
     @functools.cached_property
     def cohort(self) -> list[tuple[str, PeerConfig]]:
@@ -346,8 +346,9 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _index(items: list[Any], part: str, where: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"{where}: expected an index from 0 to {len(items) - 1}, found {part!r}")
+    if not part.isdecimal() or int(part) >= len(items):
+        valid = f"an index from 0 to {len(items) - 1}" if items else "no index, as the list is empty"
+        raise ConfigError(f"{where}: expected {valid}, found {part!r}")
     return int(part)
 
 
@@ -366,6 +367,7 @@ _EXPECTED = {
     "model_attributes_type": "a section with keys",
     "path_type": "a path",
     "finite_number": "a finite number",
+    "invalid_key": "text as a key",
 }
 
 
@@ -391,6 +393,10 @@ def _explain(error: ErrorDetails, raw: Mapping[str, Any]) -> str:
         return f"{key}.{context['error']}" if key else str(context["error"])
     if kind == "string_pattern_mismatch":
         return f"{key} = {value!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit"
+    if kind == "too_short":
+        return f"{key} = {value!r}: expected at least {context['min_length']} item{'s' * (context['min_length'] > 1)}"
+    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        return f"{key} = {value!r}: expected a value {error['msg'].removeprefix('Input should be ')}"
     expected = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
     return f"{key} = {value!r}: expected {expected}"
 
@@ -418,8 +424,9 @@ def check_data(config: RunConfig) -> None:
     """Looks at what is on disk, before any device is touched. Raises: ConfigError."""
     try:
         data_pipelines.check(config.data)
-    except data_pipelines.DataError as error:
-        raise ConfigError(f"data: {error}") from None
+    except (data_pipelines.DataError, ImportError) as error:
+        word = str(error).partition(":")[0]
+        raise ConfigError(f"data{'.' if word in DataConfig.model_fields else ': '}{error}") from None
 
 
 def describe() -> str:

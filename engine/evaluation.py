@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines import Pipeline
+from engine.cohort import Cohort
 from engine.exchange import Exchange
 from engine.placement import Placement
 
@@ -95,6 +96,32 @@ def evaluate(
     percent = (right.double() * 100 / n).tolist()
     scores = [Score(top1, top5, value) for (top1, top5), value in zip(percent, (loss / n).tolist(), strict=True)]
     return Scores(scores[:-1], scores[-1], 100.0 * seen[3].item() / (n * max(len(pairs), 1)))
+
+
+def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
+    """Scores the peers and, where the run keeps them, their moving averages.
+
+    Returns:
+        `val/PEER/top1` and so on, and the same with `ema/`; `ensemble` stands beside the peers. The keys of
+        `metrics.jsonl`.
+    """
+    names = [name for name, _ in cohort.config.cohort]
+    values: dict[str, float] = {}
+    for prefix in ("val", "ema") if cohort.config.train.ema_decay else ("val",):
+        scores = evaluate(
+            cohort.networks(ema=prefix == "ema"),
+            cohort.exchange,
+            cohort.placement,
+            pipeline,
+            batch=cohort.config.evaluation.batch,
+            device=cohort.device,
+            autocast=cohort.autocast,
+        )
+        named = {**dict(zip(names, scores.peers, strict=True)), "ensemble": scores.ensemble}
+        for name, score in named.items():
+            values |= {f"{prefix}/{name}/{key}": value for key, value in asdict(score).items()}
+        values[f"{prefix}/disagreement"] = scores.disagreement
+    return values
 
 
 def _count(logits: Tensor, targets: Tensor, right: Tensor, loss: Tensor) -> None:

@@ -22,10 +22,29 @@ def check_optimizer(config: OptimizerConfig) -> None:
     if config.name not in names:
         near = difflib.get_close_matches(config.name, names, n=3) or ["sgd", "momentum", "adamw", "lamb"]
         raise ConfigError(f"optimizer.name = {config.name!r}: not one of timm's optimisers; nearest: {', '.join(near)}")
+    valid = _options(config.name)
+    for option in config.options:
+        if valid and option not in valid:
+            # timm drops some that it knows from other optimisers without a word.
+            near = difflib.get_close_matches(option, valid, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"optimizer.options.{option} = {config.options[option]!r}: not an option of {config.name}{hint}; "
+                f"it has: {', '.join(valid)}"
+            )
     try:
         make_optimizer(nn.Linear(1, 1), config)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer.options = {config.options}: refused by {config.name}: {error}") from None
+
+
+def _options(name: str) -> list[str]:
+    """What `optimizer.options` may hold for one of timm's optimisers; empty where its signature does not say."""
+    parameters = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return []
+    ours = {"params", "lr", "weight_decay", "momentum", "fused"}
+    return sorted({*parameters, "layer_decay"} - ours)
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ def table(runs: Sequence[Path]) -> str:
     rows: list[tuple[str, ...]] = []
     notes = []
     for run in runs:
-        config, lines = load(run / "config.yaml"), evaluations(run)
+        lines, config = evaluations(run), load(run / "config.yaml")
         names = [name for name, _ in config.cohort]
         for prefix in ("val", "ema"):
             for name in (*names, "ensemble"):
@@ -31,7 +31,8 @@ def table(runs: Sequence[Path]) -> str:
                 best = max(lines, key=operator.itemgetter(f"{key}/top1"))
                 shown = name if prefix == "val" else f"{name} (average)"
                 last = [f"{lines[-1][f'{key}/{part}']:.2f}" for part in ("top1", "top5")]
-                loss = f"{lines[-1][f'{key}/loss']:.3f}"
+                # A loss that is not finite is null in metrics.jsonl.
+                loss = "-" if lines[-1][f"{key}/loss"] is None else f"{lines[-1][f'{key}/loss']:.3f}"
                 rows.append(
                     (
                         config.name,
@@ -73,7 +74,7 @@ def curves(runs: Sequence[Path], path: Path) -> None:
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     styles = ("-", "--", "-.", ":")
     for index, run in enumerate(runs):
-        config, scored = load(run / "config.yaml"), evaluations(run)
+        scored, config = evaluations(run), load(run / "config.yaml")
         trained = [line for line in read_metrics(run) if "lr" in line]
         names = [name for name, _ in config.cohort]
         colour = colours[index % len(colours)]

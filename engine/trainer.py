@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch.distributed as dist
 
 from data_pipelines import Batch, Pipeline, open_pipeline
 from engine import checkpoint
-from engine.checkpoint import Best, Manifest
+from engine.checkpoint import Best, CheckpointError, Manifest
 from engine.cohort import Cohort
 from engine.collectives import Launch, choose_device, start
 from engine.config import ConfigError, RunConfig, check_data, load
-from engine.evaluation import Scores, evaluate
+from engine.evaluation import evaluate_cohort
+from engine.files import write_json
 from engine.meter import Meter
 from engine.optim import check_optimizer
 from engine.placement import Placement, plan
@@ -44,8 +47,11 @@ class TrainingDivergedError(RuntimeError):
     """Too many updates in a row had to be skipped."""
 
 
-def check(config: RunConfig, launch: Launch) -> Placement:
+def check(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Placement:
     """Everything that can be refused before a process group exists or a device is touched.
+
+    Args:
+        fresh: the run's folder is about to be moved aside, so it does not matter what lies there.
 
     Raises:
         ConfigError: naming the key, the value, what was expected and the nearest valid choice.
@@ -54,10 +60,23 @@ def check(config: RunConfig, launch: Launch) -> Placement:
     check_optimizer(config.optimizer)
     if config.train.sync_bn and device.type != "cuda":
         raise ConfigError("train.sync_bn = True: works on CUDA devices only, this rank runs on the CPU; expected false")
+    if config.data.decoder == "mixed" and device.type != "cuda":
+        raise ConfigError(
+            "data.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
+        )
     placement = plan(config, launch.world, launch.rank)
     check_data(config)
-    _check_same_run(config)
+    _check_folder(config)
+    if not fresh:
+        _check_same_run(config)
     return placement
+
+
+def _check_folder(config: RunConfig) -> None:
+    there = next(path for path in (config.folder, *config.folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is not a folder" if not there.is_dir() else "may not be written to"
+        raise ConfigError(f"dir = {str(config.folder)!r}: {there} {what}; expected a place for the run's folder")
 
 
 def _check_same_run(config: RunConfig) -> None:
@@ -90,21 +109,30 @@ def _differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, A
     return {} if before == now else {key: (before, now)}
 
 
-def train(config: RunConfig, launch: Launch) -> Path:
+def train(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Path:
     """Trains the cohort to the end of its last epoch, going on from the newest whole checkpoint if there is one.
+
+    Args:
+        fresh: start over; a folder of an earlier run is moved aside.
 
     Returns:
         The run's folder.
 
     Raises:
         ConfigError: before anything is started.
+        CheckpointError: on all ranks, where one of them cannot use the checkpoint.
         TrainingDivergedError: on all ranks at the same step.
     """
-    placement = check(config, launch)
+    placement = check(config, launch, fresh=fresh)
     device = choose_device(config.device, launch)
     _set_precision(config, device)
     start(launch, device)
     try:
+        if fresh:
+            # Not before: another rank may still be looking at what lies there.
+            if launch.rank == 0:
+                _move_aside(config)
+            dist.barrier()
         pipeline = open_pipeline(config.data, config.seed, device)
         try:
             _Run(config, placement, device, pipeline).to_the_end()
@@ -114,6 +142,13 @@ def train(config: RunConfig, launch: Launch) -> Path:
     finally:
         dist.destroy_process_group()
     return config.folder
+
+
+def _move_aside(config: RunConfig) -> None:
+    if config.folder.exists():
+        aside = config.folder.with_name(f"{config.folder.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+        config.folder.rename(aside)
+        print(f"the earlier run is now in {aside}", file=sys.stderr)
 
 
 def _set_precision(config: RunConfig, device: torch.device) -> None:
@@ -152,11 +187,12 @@ class _Run:
         dist.broadcast_object_list(found, src=0)
         manifest: Manifest | None = found[0]
         if manifest is not None:
-            checkpoint.load(self.config.folder, manifest, self.cohort)
+            self._load(manifest)
             self.step, self.best = manifest.step, manifest.best
             self.meter.in_a_row.fill_(manifest.in_a_row)
         if first:
             record_start(self.config, self.placement.world)
+            write_json(self.config.folder / "classes.json", self.pipeline.class_names)
             self.tracker = Tracker(self.config, self.step, self.steps)
             for message in found[1]:
                 self.tracker.say(f"not used: {message}")
@@ -164,6 +200,17 @@ class _Run:
             if self.step:
                 state = "complete" if self.step >= self.steps else "going on"
                 self.tracker.say(f"{state} at step {self.step} of {self.steps}, from its checkpoint")
+
+    def _load(self, manifest: Manifest) -> None:
+        failure = None
+        try:
+            checkpoint.load(self.config.folder, manifest, self.cohort)
+        except (CheckpointError, OSError) as error:
+            failure = str(error)
+        failures: list[str | None] = [None] * self.placement.world
+        dist.all_gather_object(failures, failure)
+        for message in filter(None, failures):
+            raise CheckpointError(message)
 
     def to_the_end(self) -> None:
         while self.step < self.steps:
@@ -251,18 +298,7 @@ class _Run:
 
     def _evaluate(self) -> float:
         """Scores the cohort, and its averages where there are some. Returns the mean top-1 of the peers."""
-        values: dict[str, float] = {}
-        for ema in (False, True) if self.config.train.ema_decay else (False,):
-            scores = evaluate(
-                self.cohort.networks(ema),
-                self.cohort.exchange,
-                self.placement,
-                self.pipeline,
-                batch=self.config.evaluation.batch,
-                device=self.device,
-                autocast=self.cohort.autocast,
-            )
-            values |= flatten(scores, [name for name, _ in self.config.cohort], "ema" if ema else "val")
+        values = evaluate_cohort(self.cohort, self.pipeline)
         if self.tracker:
             self.tracker.write(self.step, {"epoch": self.step / self.steps_per_epoch, **values})
             shown = ", ".join(
@@ -273,10 +309,3 @@ class _Run:
             self.tracker.say(f"epoch {self.step // self.steps_per_epoch}: top-1 % {shown}")
         peers = [values[f"val/{name}/top1"] for name, _ in self.config.cohort]
         return sum(peers) / len(peers)
-
-
-def flatten(scores: Scores, names: list[str], prefix: str) -> dict[str, float]:
-    """Scores as `prefix/peer/top1` and so on, the keys of `metrics.jsonl`."""
-    named = {**dict(zip(names, scores.peers, strict=True)), "ensemble": scores.ensemble}
-    values = {f"{prefix}/{name}/{key}": value for name, score in named.items() for key, value in asdict(score).items()}
-    return values | {f"{prefix}/disagreement": scores.disagreement}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import sys
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from data_pipelines import DataError
 from engine.checkpoint import CheckpointError
@@ -29,8 +31,22 @@ def user_errors(launch: Launch) -> Iterator[None]:
         sys.exit(2)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown, _, first = message.partition(": ")
+        if unknown == "unrecognized arguments":
+            near = difflib.get_close_matches(first.split()[0], self._option_string_actions, n=1)
+            message += f"; did you mean {near[0]!r}?" if near else ""
+        with user_errors(Launch.from_environment()):
+            raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+        raise AssertionError
+
+
 def parser(description: str, epilog: str) -> argparse.ArgumentParser:
-    """An argument parser whose help keeps its line breaks."""
-    return argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    """An argument parser whose help keeps its line breaks, whose options are written out, and whose rank 0 speaks."""
+    return _Parser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )

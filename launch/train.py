@@ -11,8 +11,6 @@ A run that was killed goes on from its newest whole checkpoint when it is starte
 from __future__ import annotations
 
 import os
-import sys
-from datetime import datetime
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -20,7 +18,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from engine import config as configuration
 from engine import report
 from engine.collectives import Launch
-from engine.config import RunConfig
 from engine.trainer import check, train
 from launch.entry import parser, user_errors
 
@@ -55,14 +52,13 @@ def main() -> None:
             if launch.rank == 0:
                 print(configuration.dump(config), end="")
             return
-        if options.fresh and _first_start():
-            _move_aside(config, launch)
+        fresh = options.fresh and _first_start()
         if options.check:
-            placement = check(config, launch)
+            placement = check(config, launch, fresh=fresh)
             if launch.rank == 0:
                 print(f"{config.name}: {config.method.name}; {placement}")
             return
-        folder = train(config, launch)
+        folder = train(config, launch, fresh=fresh)
         if launch.rank == 0:
             _summarise(folder)
 
@@ -70,13 +66,6 @@ def main() -> None:
 def _first_start() -> bool:
     # A restart by torchrun or by Slurm repeats the command line, and must go on, not start over.
     return not any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-
-
-def _move_aside(config: RunConfig, launch: Launch) -> None:
-    if launch.rank == 0 and config.folder.exists():
-        aside = config.folder.with_name(f"{config.folder.name}.{datetime.now():%Y%m%d-%H%M%S}")
-        config.folder.rename(aside)
-        print(f"the earlier run is now in {aside}", file=sys.stderr)
 
 
 def _summarise(folder: Path) -> None:

@@ -1,7 +1,19 @@
 """The networks: what they are called, how they are built, and where their pooled features are."""
 
 from models.errors import UnknownNetwork
+from models.exported import ExportError, load_network, same_outputs, save_network
 from models.features import parameter_count, pooled_features
 from models.registry import check, create, names
 
-__all__ = ["UnknownNetwork", "check", "create", "names", "parameter_count", "pooled_features"]
+__all__ = [
+    "ExportError",
+    "UnknownNetwork",
+    "check",
+    "create",
+    "load_network",
+    "names",
+    "parameter_count",
+    "pooled_features",
+    "same_outputs",
+    "save_network",
+]

@@ -14,19 +14,25 @@ from engine.trainer import train
 
 
 def small_run(
-    tiny: Path, folder: Path, method: dict[str, Any] | None = None, peers: int = 2, **sections: Any
+    tiny: Path,
+    folder: Path,
+    method: dict[str, Any] | None = None,
+    peers: int | list[dict[str, Any]] = 2,
+    **sections: Any,
 ) -> RunConfig:
     """A cohort of small CIFAR ResNets on 120 images: 5 steps of 24 an epoch, 2 epochs."""
     raw: dict[str, Any] = {
         "name": "small",
         "dir": str(folder),
         "method": method or {"name": "dml"},
-        "peers": [{"network": "cifar_resnet8_b", "copies": peers, "options": {"width": 4}}],
+        "peers": peers,
         "data": {"dataset": "fashion_mnist", "root": str(tiny), "global_batch": 24},
         "train": {"epochs": 2},
         "optimizer": {"lr": 0.05},
         "log": {"progress": False, "every_steps": 2},
     }
+    if isinstance(peers, int):
+        raw["peers"] = [{"network": "cifar_resnet8_b", "copies": peers, "options": {"width": 4}}]
     for name, section in sections.items():
         raw[name] = raw[name] | section if isinstance(raw.get(name), dict) and isinstance(section, dict) else section
     return validate(raw)

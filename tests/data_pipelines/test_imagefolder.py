@@ -115,8 +115,9 @@ def test_training_pixels_are_pils(photos: Path) -> None:
             expected = np.asarray(crop.resize((48, 48), Image.Resampling.BILINEAR)).astype(int)
             expected = expected[:, ::-1] if flips[row] else expected
             difference = np.abs(batch.images[row].permute(1, 2, 0).round().numpy() - expected)
-            # PIL rounds to bytes between its two passes, DALI does not; a window one pixel off gives a mean above 3.
-            assert difference.max() <= 2, listing.path(index)
+            # PIL rounds to bytes between its two passes, and a decoded window has no colour from beyond its edges,
+            # which moves a few bytes by 2 or 3. A window one pixel off would give a mean above 3.
+            assert difference.max() <= 5, listing.path(index)
             assert difference.mean() < 0.5, listing.path(index)
 
 
@@ -190,7 +191,7 @@ def test_a_mixed_decoder_without_cuda(photos: Path) -> None:
 
 def test_without_dali(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(ImportError) as caught:
+    with pytest.raises(DataError) as caught:
         check(_config(photos))
     assert str(caught.value) == (
         "image_folder needs NVIDIA DALI: pip install cohort[dali-cuda13], "

@@ -202,6 +202,13 @@ def test_cifar_errors(tmp_path: Path, dataset: str, breaks: Callable[[Path], obj
     assert str(caught.value) == f"{message.format(root=tmp_path)} {get}"
 
 
+def test_the_folder_of_the_pickled_archive_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py/data_batch_1").touch()
+    with pytest.raises(DataError, match="only the pickled Python version is there, which is never read"):
+        check(DataConfig(dataset="cifar10", root=tmp_path, global_batch=8))
+
+
 def test_a_cifar_label_out_of_range(tmp_path: Path) -> None:
     _write_cifar100(tmp_path)
     write_records(tmp_path / "test.bin", [(4, 30), (4, 100)], 10_000)

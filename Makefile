@@ -1,0 +1,49 @@
+# `make quickstart` trains a real cohort, `make test` runs every check. Both set up all they need in .venv.
+PYTHON ?= python3
+# DALI for CUDA 13, which PyPI's torch is built for; `make DALI=cuda12 ...` for drivers of CUDA 12.
+DALI ?= cuda13
+VENV := .venv
+BIN := $(VENV)/bin
+# Two processes on two cores: one thread each.
+TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2
+
+.PHONY: help setup quickstart test lint clean
+
+help:
+	@echo "make setup       install everything into .venv (a few GB, some minutes the first time)"
+	@echo "make quickstart  train two small networks alone and then teaching each other, and compare them"
+	@echo "make test        lint, types, import rules and tests"
+	@echo "make clean       remove .venv and caches; runs/ stays"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; try make PYTHON=python3.12"; exit 1; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "python3-venv is missing, installing it"; rm -rf $(VENV); \
+	  SUDO=$$([ $$(id -u) = 0 ] || echo sudo); \
+	  $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq python3-venv && $(PYTHON) -m venv $(VENV); }
+	@echo "installing PyTorch, DALI, timm and the rest into $(VENV): a few GB, some minutes"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,dali-$(DALI)]"
+	@touch $@
+
+quickstart: setup
+	@echo "1/3: two networks, each alone"
+	@$(TWO) launch/train.py configs/fashion_mnist/quickstart_independent.yaml
+	@echo "2/3: the same two networks, teaching each other (deep mutual learning)"
+	@$(TWO) launch/train.py configs/fashion_mnist/quickstart_dml.yaml
+	@echo "3/3: side by side"
+	@$(BIN)/python launch/report.py runs/quickstart-independent runs/quickstart-dml --out runs/quickstart
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

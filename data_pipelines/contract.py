@@ -1,0 +1,83 @@
+"""What every pipeline gives to the engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+class DataError(ValueError):
+    """Data cannot be read: missing, cut short or wrong. The message says what, where, and how to get it right."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a global batch, or of the validation split, on the device of the pipeline.
+
+    Attributes:
+        images: float32 [n, C, H, W] in channels-last memory, normalised.
+        targets: int64 [n], the class of each image.
+        ids: int64 [n], the position of each sample in its split.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    ids: torch.Tensor
+
+
+class Pipeline(ABC):
+    """An open data set.
+
+    Attributes:
+        num_classes: number of classes.
+        channels: channels of an image.
+        image_size: side of the square images, in pixels.
+        train_size: samples of the training split.
+        eval_size: samples of the validation split.
+        class_names: the name of each class, or None where nobody names them.
+        global_batch: samples of one step, over all ranks.
+    """
+
+    num_classes: int
+    channels: int
+    image_size: int
+    train_size: int
+    eval_size: int
+    class_names: tuple[str, ...] | None
+    global_batch: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches of an epoch; what is left over is dropped, so that shapes are static."""
+        return self.train_size // self.global_batch
+
+    @abstractmethod
+    def train(self, epoch: int, first_step: int, rows: slice) -> Iterator[Batch]:
+        """Yields one batch for each of the steps first_step .. steps_per_epoch - 1 of an epoch.
+
+        Args:
+            epoch: the epoch, from 0.
+            first_step: the step of the epoch to begin with; the batches do not depend on it.
+            rows: which rows of each global batch to give.
+
+        Raises:
+            DataError: a file cannot be read or decoded.
+        """
+
+    @abstractmethod
+    def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
+        """Yields the rows of one part of the validation split in order, each exactly once.
+
+        Args:
+            part: which part, from 0.
+            parts: in how many parts the split is cut; see :func:`data_pipelines.order.part`.
+            batch: samples of a batch; the last one may be smaller, and an empty part yields nothing.
+
+        Raises:
+            DataError: a file cannot be read or decoded.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees memory and threads; the pipeline is not used afterwards."""

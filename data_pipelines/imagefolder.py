@@ -1,0 +1,286 @@
+"""ImageNet-style folders of JPEG and PNG files, decoded and transformed by DALI.
+
+DALI draws nothing and orders nothing: it is fed encoded files together with the windows, sizes and flips that
+:mod:`data_pipelines.order` and :mod:`data_pipelines.windows` decided, so the pixels of a row are the same in any
+batch, with any number of threads and ranks. One graph serves training and validation: only the numbers differ.
+"""
+
+import importlib.util
+import io
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.dlpack import from_dlpack
+
+from data_pipelines import order, windows
+from data_pipelines.config import DataConfig
+from data_pipelines.contract import Batch, DataError, Pipeline
+from data_pipelines.folder import Listing, list_folder
+from data_pipelines.pixels import Normalise
+
+_GET = "Fetch the file again, or take it out"
+_READERS = 4  # threads that read files, a batch each
+_IN_FLIGHT = 2  # batches that DALI works on while the network trains
+
+
+def require_dali() -> None:
+    """Checks that DALI is installed, without loading it.
+
+    Raises:
+        DataError: it is not; the message names the extra that brings it.
+    """
+    try:
+        found = importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise DataError(
+            "image_folder needs NVIDIA DALI: pip install cohort[dali-cuda13], "
+            "or cohort[dali-cuda12] where the driver is for CUDA 12"
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What DALI is told of n photos: encoded bytes, and (height, width) pairs [n, 2] in pixels."""
+
+    ids: NDArray[np.int64]
+    encoded: list[NDArray[np.uint8]]
+    corners: NDArray[np.int64]  # of the window that is decoded
+    shapes: NDArray[np.int64]  # of that window
+    scaled: NDArray[np.int64]  # what the window is resized to
+    cuts: NDArray[np.int64]  # corner of the output in the resized window
+    flips: NDArray[np.int32]
+
+
+class ImageFolder(Pipeline):
+    """ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG.
+
+    Args:
+        config: the folder and its augmentation.
+        seed: of order and augmentation.
+        device: where the batches appear; on CUDA, ``mixed`` decodes there as well.
+
+    Raises:
+        DataError: see :func:`data_pipelines.folder.list_folder`.
+        ValueError: a mixed decoder is asked for on a device that is not CUDA.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
+        if config.decoder == "mixed" and device.type != "cuda":
+            raise ValueError(f"decoder: mixed needs a CUDA device, found {device}; use auto or cpu")
+        self._train, self._val = (_Files(listing) for listing in list_folder(config.folder))
+        self.class_names = self._train.listing.classes
+        self.num_classes = len(self.class_names)
+        self.channels = 3
+        self.image_size = config.image_size
+        self.train_size, self.eval_size = len(self._train.listing.names), len(self._val.listing.names)
+        self.global_batch = config.global_batch
+        self._config, self._seed, self._device = config, seed, device
+        self._normalise = Normalise(*config.normalisation, config.image_size, device)
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cohort-reader")
+
+    def train(self, epoch: int, first_step: int, rows: slice) -> Iterator[Batch]:
+        """See :meth:`data_pipelines.contract.Pipeline.train`."""
+        shuffled = order.epoch_order(self._seed, epoch, self.train_size)
+        size = self.global_batch
+
+        def prepare(step: int) -> _Work:
+            uniforms = order.augmentation(self._seed, epoch, step, size, windows.COLUMNS)
+            draws = windows.crop_draws(uniforms, self._config.crop_area, self._config.crop_ratio)[rows]
+            ids = shuffled[step * size : (step + 1) * size][rows]
+            encoded, sizes = self._train.read(ids)
+            corners, shapes = windows.crop_windows(draws, sizes, self._config.crop_ratio)
+            scaled = np.full_like(sizes, self.image_size)
+            return _Work(ids, encoded, corners, shapes, scaled, np.zeros_like(sizes), windows.flips(draws))
+
+        largest = len(range(*rows.indices(size)))
+        return self._batches(self._train, prepare, range(first_step, self.steps_per_epoch), largest)
+
+    def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
+        """See :meth:`data_pipelines.contract.Pipeline.evaluate`."""
+        mine = order.part(self.eval_size, part, parts)
+
+        def prepare(begin: int) -> _Work:
+            ids = np.arange(begin, min(begin + batch, mine.stop))
+            encoded, sizes = self._val.read(ids)
+            scaled, cuts = windows.validation_windows(sizes, self._config.resize, self.image_size)
+            return _Work(ids, encoded, np.zeros_like(sizes), sizes, scaled, cuts, np.zeros(len(ids), np.int32))
+
+        return self._batches(self._val, prepare, range(mine.start, mine.stop, batch), batch)
+
+    def close(self) -> None:
+        """See :meth:`data_pipelines.contract.Pipeline.close`."""
+        self._readers.shutdown(cancel_futures=True)
+
+    def _batches(self, files: "_Files", prepare: Callable[[int], _Work], steps: range, largest: int) -> Iterator[Batch]:
+        if not steps:
+            return
+        # A graph of its own for each pass: training may pause for an evaluation with batches in flight.
+        graph = self._graph(largest)
+        pending: deque[_Work] = deque()
+        try:
+            for work in _ahead(self._readers, prepare, steps):
+                pending.append(work)
+                graph.feed(work)
+                if len(pending) > _IN_FLIGHT:
+                    yield self._finish(graph, files, pending)
+            while pending:
+                yield self._finish(graph, files, pending)
+        except RuntimeError as error:
+            broken = self._broken_file(files, pending)
+            if broken is None:
+                raise
+            raise broken from error
+
+    def _finish(self, graph: "_Graph", files: "_Files", pending: deque[_Work]) -> Batch:
+        pixels, ids = graph.take()
+        # With ids and labels in one copy; the ids went through DALI, so they cannot get out of step with the pixels.
+        numbers = torch.from_numpy(np.stack([ids, files.listing.labels[ids]]))
+        if self._device.type == "cuda":
+            numbers = numbers.pin_memory()
+            pixels = pixels if pixels.is_cuda else pixels.pin_memory()
+        pixels, numbers = (tensor.to(self._device, non_blocking=True) for tensor in (pixels, numbers))
+        # Normalising copies the pixels out of DALI's buffer, which goes back to DALI when ``pixels`` does.
+        batch = Batch(self._normalise(pixels), numbers[1], numbers[0])
+        pending.popleft()
+        return batch
+
+    def _graph(self, largest: int) -> "_Graph":
+        mixed = self._device.type == "cuda" and self._config.decoder != "cpu"
+        return _Graph(largest, self._config.threads, self.image_size, self._device if mixed else None)
+
+    def _broken_file(self, files: "_Files", pending: deque[_Work]) -> DataError | None:
+        """Finds the file that stopped DALI, which names only the batch, by decoding one at a time."""
+        graph = self._graph(1)
+        for work in pending:
+            for index, name in enumerate(work.ids):
+                one = slice(index, index + 1)
+                try:
+                    graph.feed(_Work(*(field[one] for field in vars(work).values())))
+                    graph.take()
+                except RuntimeError:
+                    return DataError(
+                        f"{files.listing.path(name)}: expected a whole JPEG or PNG image, found "
+                        f"{work.encoded[index].size} bytes that cannot be decoded. {_GET}"
+                    )
+        return None
+
+
+class _Files:
+    """Reads encoded files, and remembers the size of each photo once its header was seen."""
+
+    def __init__(self, listing: Listing) -> None:
+        self.listing = listing
+        self._sizes = np.zeros((len(listing.names), 2), np.int32)
+
+    def read(self, ids: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
+        """Returns the bytes of each file, and the (height, width) of each photo, int64 [n, 2]."""
+        encoded = [self._read(index) for index in ids]
+        return encoded, self._sizes[ids].astype(np.int64)
+
+    def _read(self, index: int) -> NDArray[np.uint8]:
+        path = self.listing.path(index)
+        try:
+            with open(path, "rb") as file:
+                encoded = file.read()
+            if not self._sizes[index, 0]:
+                with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as header:
+                    self._sizes[index] = header.height, header.width
+        except OSError as error:
+            raise DataError(
+                f"{path}: expected a JPEG or PNG image, found a file that is neither or cannot be read. {_GET}"
+            ) from error
+        return np.frombuffer(encoded, np.uint8)
+
+
+class _Graph:
+    """Decodes a window, resizes it, cuts the output out of it and flips that; fed by hand, never ahead of its plan.
+
+    Args:
+        largest: photos of a batch at most.
+        threads: of DALI.
+        image_size: side of the output, in pixels.
+        device: the CUDA device that decodes, or None for the CPU.
+    """
+
+    def __init__(self, largest: int, threads: int, image_size: int, device: torch.device | None) -> None:
+        from nvidia.dali import fn, pipeline_def, types
+
+        @pipeline_def(
+            batch_size=largest,
+            num_threads=threads,
+            device_id=None if device is None else torch.empty(0, device=device).get_device(),
+            prefetch_queue_depth=1,  # how far to work ahead is decided by who feeds
+        )
+        def graph() -> tuple[Any, Any]:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            corners, shapes, scaled, cuts = (
+                fn.external_source(name=name, dtype=types.INT32, ndim=1)
+                for name in ("corners", "shapes", "scaled", "cuts")
+            )
+            images = fn.decoders.image_slice(
+                encoded,
+                device="mixed" if device else "cpu",
+                start=corners,
+                shape=shapes,
+                axis_names="HW",
+                # The window was chosen by the header's size, which knows nothing of EXIF.
+                adjust_orientation=False,
+                # As libjpeg does on the CPU, so that both decoders give nearly the same pixels.
+                jpeg_fancy_upsampling=True,
+            )
+            images = fn.resize(images, size=fn.cast(scaled, dtype=types.FLOAT), antialias=True)
+            images = fn.slice(images, start=cuts, shape=[image_size, image_size], axis_names="HW")
+            images = fn.flip(images, horizontal=fn.external_source(name="flips", dtype=types.INT32, ndim=0), vertical=0)
+            return images, fn.external_source(name="ids", dtype=types.INT64, ndim=0)
+
+        self._device = device
+        self._pipe = graph()
+        self._pipe.build()
+
+    def feed(self, work: _Work) -> None:
+        """Starts to work on a batch, without waiting for it.
+
+        Raises:
+            RuntimeError: an earlier batch cannot be decoded.
+        """
+        for name in ("corners", "shapes", "scaled", "cuts"):
+            self._pipe.feed_input(name, getattr(work, name).astype(np.int32))
+        for name in ("encoded", "flips", "ids"):
+            self._pipe.feed_input(name, getattr(work, name))
+        self._pipe.schedule_run()
+
+    def take(self) -> tuple[torch.Tensor, NDArray[np.int64]]:
+        """Waits for the oldest batch: uint8 [n, H, W, C] in DALI's own memory, and ids int64 [n].
+
+        Raises:
+            RuntimeError: a photo cannot be decoded.
+        """
+        # Outputs belong to the stream that will read them, so DALI takes their memory back in that stream's order.
+        stream = torch.cuda.current_stream(self._device) if self._device else None
+        images, ids = self._pipe.share_outputs(cuda_stream=stream)
+        self._pipe.release_outputs()
+        return from_dlpack(images.as_tensor()), np.array(ids.as_tensor())
+
+
+def _ahead(pool: ThreadPoolExecutor, prepare: Callable[[int], _Work], steps: range) -> Iterator[_Work]:
+    """Yields what ``prepare`` gives for each step, in order, while the pool is some steps ahead."""
+    left = iter(steps)
+    futures: deque[Future[_Work]] = deque(pool.submit(prepare, step) for step in islice(left, _READERS))
+    try:
+        while futures:
+            work = futures.popleft().result()
+            futures.extend(pool.submit(prepare, step) for step in islice(left, 1))
+            yield work
+    finally:
+        for future in futures:
+            future.cancel()

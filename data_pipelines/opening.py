@@ -1,0 +1,48 @@
+"""From a config to a pipeline."""
+
+import torch
+
+from data_pipelines import imagefolder
+from data_pipelines.config import DataConfig
+from data_pipelines.contract import DataError, Pipeline
+from data_pipelines.folder import list_folder
+from data_pipelines.readers import STANDARD
+from data_pipelines.resident import Resident
+
+
+def check(config: DataConfig) -> None:
+    """Looks at what is on disk, without touching any device.
+
+    Raises:
+        DataError: files are missing or of the wrong size, classes do not match, or there are fewer training samples
+            than a global batch has; or DALI is needed and not installed.
+    """
+    if config.dataset == "image_folder":
+        imagefolder.require_dali()
+        train, _ = list_folder(config.folder)
+        size = len(train.names)
+    else:
+        size, _ = STANDARD[config.dataset].sizes(config.folder)
+    if config.global_batch > size:
+        raise DataError(
+            f"global_batch: expected at most the {size} training samples of {config.folder}, "
+            f"found {config.global_batch}"
+        )
+
+
+def open_pipeline(config: DataConfig, seed: int, device: torch.device) -> Pipeline:
+    """Opens the data set on a device.
+
+    Args:
+        config: what to open.
+        seed: of order and augmentation, 0 .. 2**64 - 1; the same on every rank.
+        device: where the batches appear.
+
+    Raises:
+        DataError: see :func:`check`, and labels out of range.
+        ValueError: a mixed decoder is asked for on a device that is not CUDA.
+    """
+    check(config)
+    if config.dataset == "image_folder":
+        return imagefolder.ImageFolder(config, seed, device)
+    return Resident(config, seed, device)

@@ -1,0 +1,117 @@
+"""Small images: the whole data set lives on the device as uint8, and a batch is augmented there in one gather."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from data_pipelines import order
+from data_pipelines.config import DataConfig
+from data_pipelines.contract import Batch, Pipeline
+from data_pipelines.pixels import Normalise
+from data_pipelines.readers import STANDARD, Split
+
+
+class Resident(Pipeline):
+    """Fashion-MNIST, CIFAR-10 or CIFAR-100, read once and held on the device.
+
+    Args:
+        config: the data set and its augmentation.
+        seed: of order and augmentation.
+        device: where the images live and the batches appear.
+
+    Raises:
+        DataError: a file is missing, cut short or wrong.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
+        standard = STANDARD[config.dataset]
+        train, test = standard.read(config.folder)
+        self.class_names = standard.class_names
+        self.num_classes = len(standard.class_names)
+        self.channels = standard.channels
+        self.image_size = standard.side
+        self.train_size, self.eval_size = len(train.labels), len(test.labels)
+        self.global_batch = config.global_batch
+        self._config, self._seed, self._device = config, seed, device
+        self._train, self._test = (_to_device(split, device) for split in (train, test))
+        self._normalise = Normalise(*config.normalisation, standard.side, device)
+
+    def train(self, epoch: int, first_step: int, rows: slice) -> Iterator[Batch]:
+        """See :meth:`data_pipelines.contract.Pipeline.train`."""
+        images, labels = self._train
+        shuffled = order.epoch_order(self._seed, epoch, self.train_size)
+        for step in range(first_step, self.steps_per_epoch):
+            begin = step * self.global_batch
+            uniforms = order.augmentation(self._seed, epoch, step, self.global_batch, 3)
+            shifts = np.floor(uniforms[:, :2] * (2 * self._config.padding + 1))
+            flips = (uniforms[:, 2:] < 0.5) & self._config.flip
+            sample = np.column_stack([shuffled[begin : begin + self.global_batch], shifts, flips]).astype(np.int64)
+            ids, down, right, flip = _send(sample[rows].T, self._device)
+            pixels = augment(images, ids, down, right, flip.bool(), self._config.padding, self._config.padding_mode)
+            yield Batch(self._normalise(pixels), labels[ids], ids)
+
+    def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
+        """See :meth:`data_pipelines.contract.Pipeline.evaluate`."""
+        images, labels = self._test
+        rows = order.part(self.eval_size, part, parts)
+        for begin in range(rows.start, rows.stop, batch):
+            end = min(begin + batch, rows.stop)
+            ids = torch.arange(begin, end, device=self._device)
+            yield Batch(self._normalise(images[begin:end]), labels[begin:end], ids)
+
+    def close(self) -> None:
+        """See :meth:`data_pipelines.contract.Pipeline.close`."""
+        del self._train, self._test
+
+
+def augment(
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    down: torch.Tensor,
+    right: torch.Tensor,
+    flip: torch.Tensor,
+    padding: int,
+    padding_mode: str,
+) -> torch.Tensor:
+    """Pads, crops and flips, straight from the resident tensor: no padded copy is ever made.
+
+    Args:
+        images: uint8 [N, H, W, C], contiguous.
+        ids: which images, int64 [n].
+        down: top row of each crop in its padded image, int64 [n] in 0 .. 2 * padding.
+        right: left column of each crop in its padded image, int64 [n] in 0 .. 2 * padding.
+        flip: whether the crop is then mirrored left to right, bool [n].
+        padding: pixels added on each side.
+        padding_mode: ``reflect`` (the edge is not repeated) or ``zeros``.
+
+    Returns:
+        uint8 [n, H, W, C], contiguous.
+    """
+    height, width, channels = images.shape[1:]
+    lines = torch.arange(height, device=images.device) + (down - padding)[:, None]
+    columns = torch.arange(width, device=images.device).expand(len(ids), width)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns) + (right - padding)[:, None]
+    # Mirrored at 0 and at the far edge; where zeros belong, this is only some valid place to read from.
+    line = height - 1 - (height - 1 - lines.abs()).abs()
+    column = width - 1 - (width - 1 - columns.abs()).abs()
+    place = (ids[:, None, None] * height + line[:, :, None]) * width + column[:, None, :]
+    # On the flat table of pixels: 1.5 to 4 times faster on a CPU than indexing with three tensors.
+    pixels = images.view(-1, channels).index_select(0, place.flatten()).view(*place.shape, channels)
+    if padding_mode == "zeros":
+        inside = (line == lines)[:, :, None] & (column == columns)[:, None, :]
+        pixels.mul_(inside[..., None])
+    return pixels
+
+
+def _to_device(split: Split, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    # A copy: what NumPy read from bytes may not be written to, and PyTorch warns of that.
+    return torch.tensor(split.images, device=device), torch.tensor(split.labels, device=device)
+
+
+def _send(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    if device.type == "cuda":
+        # From pinned memory, or the copy would make the host wait for the device.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

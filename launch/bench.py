@@ -1,0 +1,175 @@
+"""Measures the engine against what one would write instead, both timed in turn in one run.
+
+    python launch/bench.py step                     the engine's step against a bare loop in plain PyTorch
+    torchrun --nproc-per-node=2 launch/bench.py exchange    spread peers against the same peers uncoupled
+
+Absolute times belong to the machine; the ratio is the result. Machines wander, so variants take turns, and the median
+of the ratios of neighbours is printed with its quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import models
+from data_pipelines import Batch
+from engine.cohort import Cohort
+from engine.collectives import Launch, choose_device, start
+from engine.config import RunConfig, validate
+from engine.meter import Meter
+from engine.placement import plan
+from engine.step import train_step
+from engine.timing import Clock
+from launch.entry import parser, user_errors
+from losses import Progress
+
+CLASSES = 100
+
+
+def main() -> None:
+    """The command."""
+    arguments = parser(__doc__ or "", "")
+    arguments.add_argument("what", choices=["step", "exchange"])
+    arguments.add_argument("--network", default="torchvision/resnet18", help="of both peers (default: %(default)s)")
+    arguments.add_argument("--size", type=int, default=32, help="side of the images (default: %(default)s)")
+    arguments.add_argument("--batch", type=int, default=64, help="rows of a step (default: %(default)s)")
+    arguments.add_argument("--rounds", type=int, default=15, help="timed pairs (default: %(default)s)")
+    arguments.add_argument("--steps", type=int, default=3, help="steps in one timing (default: %(default)s)")
+    arguments.add_argument("--amp", choices=["float32", "bf16", "fp16"], default="float32")
+    arguments.add_argument("--threads", type=int, help="CPU threads; torch's choice if absent")
+    options = arguments.parse_args()
+    launch = Launch.from_environment()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with user_errors(launch):
+        device = choose_device("auto", launch)
+        start(launch, device)
+        if options.what == "step":
+            variants = {"engine": engine_step(options, "dml", device, launch), "bare loop": bare_step(options, device)}
+        else:
+            variants = {name: engine_step(options, name, device, launch) for name in ("dml", "independent")}
+        compare(variants, options, device, launch)
+        dist.destroy_process_group()
+
+
+def compare(
+    variants: dict[str, Callable[[], object]], options: argparse.Namespace, device: torch.device, launch: Launch
+) -> None:
+    """Times two variants in turn and prints the ratio of the first to the second."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for done in range(options.rounds + 1):
+        # Who goes first changes, so that a drift of the machine favours neither.
+        for name in list(variants)[:: 1 if done % 2 else -1]:
+            seconds = timed(variants[name], options.steps, device)
+            if done:  # the first round warms up
+                times[name].append(seconds / options.steps)
+    one, other = variants
+    ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    if launch.rank == 0:
+        where = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        print(
+            f"{options.what}: 2 x {options.network}, {options.size} px, {options.batch} rows, {options.amp}, "
+            f"{launch.world} ranks, {where}, torch {torch.__version__}, {platform.machine()}"
+        )
+        for name, measured in times.items():
+            print(f"  {name:12} {1000 * statistics.median(measured):8.2f} ms a step (median of {len(measured)})")
+        print(f"  {one} / {other}: {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
+
+
+def timed(step: Callable[[], object], steps: int, device: torch.device) -> float:
+    """Seconds for so many steps, begun by all ranks together."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    begin = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def rows(options: argparse.Namespace, device: torch.device) -> Batch:
+    """Random images and classes, the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(options.batch, 3, options.size, options.size, generator=generator)
+    targets = torch.randint(CLASSES, (options.batch,), generator=generator)
+    images = images.to(device, memory_format=torch.channels_last)
+    return Batch(images, targets.to(device), torch.arange(options.batch, device=device))
+
+
+def engine_step(options: argparse.Namespace, method: str, device: torch.device, launch: Launch) -> Callable[[], object]:
+    """A step as `train.py` makes it, meter and clock included, on rows that are there already."""
+    config: RunConfig = validate(
+        {
+            "name": "bench",
+            "method": {"name": method},
+            "peers": [{"network": options.network, "copies": 2}],
+            "data": {"dataset": "fashion_mnist_subset", "global_batch": options.batch},
+            "train": {"epochs": 1},
+            "schedule": {"name": "constant"},
+            "precision": {"amp": options.amp},
+        }
+    )
+    placement = plan(config, launch.world, launch.rank)
+    cohort = Cohort(config, placement, device, num_classes=CLASSES, channels=3, steps_per_epoch=1000)
+    batch = rows(options, device)
+    share = placement.rows(options.batch)
+    batch = Batch(batch.images[share], batch.targets[share], batch.ids[share])
+    meter, clock = Meter(placement, device), Clock(device)
+    count = iter(range(1 << 62))
+
+    def step() -> None:
+        done = next(count)
+        meter.add(*train_step(cohort, [batch], Progress(done, 1000, 1), clock))
+        if done % 50 == 49:
+            meter.read()
+            clock.read()
+
+    return step
+
+
+def bare_step(options: argparse.Namespace, device: torch.device) -> Callable[[], object]:
+    """Deep mutual learning of two peers as one would write it in plain PyTorch, with the same kernels at hand:
+    channels-last, autocast and the fused optimiser."""
+    batch = rows(options, device)
+    peers = [models.create(options.network, CLASSES) for _ in range(2)]
+    peers = [peer.to(device, memory_format=torch.channels_last) for peer in peers]  # type: ignore[call-overload]
+    optimizers = [
+        torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
+        for p in peers
+    ]
+    dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+
+    def loss(own: Tensor, other: Tensor) -> Tensor:
+        kl = F.kl_div(F.log_softmax(own, 1), F.softmax(other.detach(), 1), reduction="batchmean")
+        return F.cross_entropy(own, batch.targets) + kl
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            a, b = (peer(batch.images) for peer in peers)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss(a.float(), b.float()) + loss(b.float(), a.float())).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Scores a cohort on the validation split: each peer, its moving average and the ensemble.
+
+Alone:           python launch/evaluate.py runs/quickstart-dml
+On 8 ranks:      torchrun --nproc-per-node=8 launch/evaluate.py runs/imagenet-dml --checkpoint best
+On other files:  python launch/evaluate.py runs/imagenet-dml data.root=/mnt/imagenet-v2
+
+Every image is counted exactly once, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data_pipelines import open_pipeline
+from engine import checkpoint
+from engine.cohort import Cohort
+from engine.collectives import Launch, choose_device, start
+from engine.config import check_data
+from engine.evaluation import evaluate_cohort
+from engine.files import write_json
+from engine.placement import plan
+from launch.entry import parser, user_errors
+from launch.run_folder import open_run
+
+
+def main() -> None:
+    """The command."""
+    arguments = parser(__doc__ or "", "")
+    arguments.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the run")
+    arguments.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest (default), best or a step")
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="write the scores there as well")
+    options = arguments.parse_args()
+    launch = Launch.from_environment()
+    with user_errors(launch):
+        config, manifest = open_run(options.run, options.checkpoint, options.overrides)
+        device = choose_device(config.device, launch)
+        placement = plan(config, launch.world, launch.rank)
+        check_data(config)
+        start(launch, device)
+        pipeline = open_pipeline(config.data, config.seed, device)
+        cohort = Cohort(
+            config,
+            placement,
+            device,
+            num_classes=pipeline.num_classes,
+            channels=pipeline.channels,
+            steps_per_epoch=pipeline.steps_per_epoch,
+        )
+        checkpoint.load(options.run, manifest, cohort)
+        values = evaluate_cohort(cohort, pipeline)
+        pipeline.close()
+        dist.destroy_process_group()
+    if launch.rank == 0:
+        print(f"{options.run}, step {manifest.step}, {pipeline.eval_size} images, {placement}")
+        for key, value in values.items():
+            print(f"  {key:40} {value:.4f}")
+        if options.json:
+            write_json(options.json, {"step": manifest.step, "images": pipeline.eval_size, **values})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Writes a trained peer as an ordinary network: NAME.safetensors, and NAME.json that says how to build it.
+
+    python launch/export.py runs/quickstart-dml                      every peer
+    python launch/export.py runs/quickstart-dml --peer NAME --ema    the moving average of one peer
+
+Nothing of the method is left in it. Networks of timm and torchvision load there without this project; ours with
+models.load_network. The JSON holds the line of Python that loads the weights, the normalisation of the images and the
+names of the classes. Before a file is announced it is loaded again and its logits are compared with those of the peer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+
+import torch
+
+import models
+from engine import checkpoint
+from engine.collectives import Launch
+from engine.config import ConfigError, PeerConfig, RunConfig
+from engine.tracking import read_metrics
+from launch.entry import parser, user_errors
+from launch.run_folder import open_run
+
+
+def main() -> None:
+    """The command."""
+    arguments = parser(__doc__ or "", "")
+    arguments.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    arguments.add_argument("--peer", metavar="NAME", help="only this peer")
+    arguments.add_argument("--ema", action="store_true", help="the moving average of the weights (train.ema_decay)")
+    arguments.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest (default), best or a step")
+    arguments.add_argument("--out", type=Path, metavar="DIR", help="where to write; RUN/export if absent")
+    options = arguments.parse_args()
+    with user_errors(Launch.from_environment()):
+        config, manifest = open_run(options.run, options.checkpoint)
+        cohort = dict(config.cohort)
+        if options.peer and options.peer not in cohort:
+            near = difflib.get_close_matches(options.peer, cohort, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"--peer {options.peer}: {options.run} has the peers {', '.join(cohort)}{hint}")
+        out = options.out or options.run / "export"
+        out.mkdir(parents=True, exist_ok=True)
+        for name in [options.peer] if options.peer else cohort:
+            path = export(options.run, config, manifest, name, cohort[name], out, ema=options.ema)
+            print(f"{path} and {path.with_suffix('.safetensors').name}: step {manifest.step}, logits compared, equal")
+
+
+def export(
+    run: Path,
+    config: RunConfig,
+    manifest: checkpoint.Manifest,
+    name: str,
+    peer: PeerConfig,
+    out: Path,
+    *,
+    ema: bool,
+) -> Path:
+    """Writes one peer of a checkpoint. Returns: the path of its JSON.
+
+    Raises:
+        ConfigError: the run keeps no moving averages.
+        RuntimeError: what was written does not give the peer's logits.
+    """
+    states = checkpoint.read_state(checkpoint.folder_of(run, manifest.step), f"peer_{name}.pt")
+    state = states["ema" if ema else "network"]
+    if state is None:
+        raise ConfigError(f"--ema: {run} keeps no moving averages; expected a run with train.ema_decay")
+    network = models.create(peer.network, manifest.num_classes, manifest.channels, **peer.options)
+    network.load_state_dict(state)
+    mean, std = config.data.normalisation
+    scores = [line for line in read_metrics(run) if line["step"] == manifest.step]
+    key = f"{'ema' if ema else 'val'}/{name}/top1"
+    classes = run / "classes.json"
+    path = out / f"{name}{'-ema' if ema else ''}.json"
+    models.save_network(
+        network,
+        path,
+        architecture={
+            "name": peer.network,
+            "num_classes": manifest.num_classes,
+            "in_channels": manifest.channels,
+            "options": peer.options,
+        },
+        about={
+            "input": {"size": config.data.side, "mean": list(mean), "std": list(std)},
+            "classes": json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else None,
+            "trained": {
+                "run": config.name,
+                "method": config.method.name,
+                "peer": name,
+                "moving_average": ema,
+                "step": manifest.step,
+                "top1": next((line[key] for line in scores if key in line), None),
+            },
+        },
+    )
+    images = torch.randn(2, manifest.channels, config.data.side, config.data.side)
+    if not models.same_outputs(network.eval(), models.load_network(path), images):
+        raise RuntimeError(f"{path}: the network that was written does not give the peer's logits")
+    return path
+
+
+if __name__ == "__main__":
+    main()

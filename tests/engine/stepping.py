@@ -1,0 +1,124 @@
+"""Single training steps in a real world, on made-up images: what the tests of the step, the exchange and the contract
+share. Everything here runs inside a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipelines import Batch
+from engine.cohort import Cohort
+from engine.config import RunConfig, validate
+from engine.placement import plan
+from engine.step import train_step
+from engine.timing import Clock
+from losses import METHODS, Method, Progress
+
+CPU = torch.device("cpu")
+CLASSES = 10
+STEPS_PER_EPOCH = 5
+
+
+def config_of(method: dict[str, Any] | None = None, peers: Any = 2, **sections: Any) -> RunConfig:
+    """A run at a constant rate on global batches of 12; `peers` is a number of small ResNets, or their configs."""
+    if isinstance(peers, int):
+        peers = [{"network": "cifar_resnet8_b", "copies": peers, "options": {"width": 4}}]
+    raw: dict[str, Any] = {
+        "name": "steps",
+        "device": "cpu",
+        "method": method or {"name": "dml"},
+        "peers": peers,
+        "data": {"dataset": "fashion_mnist_subset", "global_batch": 12},
+        "train": {"epochs": 2},
+        "optimizer": {"lr": 0.05},
+        "schedule": {"name": "constant"},
+    }
+    for name, section in sections.items():
+        raw[name] = raw.get(name, {}) | section
+    return validate(raw)
+
+
+def cohort_of(config: RunConfig, channels: int = 1, method: type[Method] | None = None) -> Cohort:
+    """This rank's part of the cohort, in the world that is running; `method` is one of a test's own, known from then on
+    to this rank, which ends with the world."""
+    if method is not None:
+        METHODS[method.name] = method
+    placement = plan(config, dist.get_world_size(), dist.get_rank())
+    return Cohort(config, placement, CPU, num_classes=CLASSES, channels=channels, steps_per_epoch=STEPS_PER_EPOCH)
+
+
+def global_batch(config: RunConfig, step: int, channels: int = 1, size: int = 16) -> Batch:
+    """The same on every rank: noise around a pattern of the class, so that there is something to learn."""
+    n, generator = config.data.global_batch, torch.Generator().manual_seed(1000 + step)
+    targets = torch.randint(CLASSES, (n,), generator=generator)
+    patterns = torch.randn(CLASSES, channels, size, size, generator=torch.Generator().manual_seed(7))
+    images = patterns[targets] + 0.5 * torch.randn(n, channels, size, size, generator=generator)
+    return Batch(images.contiguous(memory_format=torch.channels_last), targets, torch.arange(n))
+
+
+Spoil = Callable[[int, int, Tensor], None]
+"""(step, rank, this rank's images): may change the images."""
+
+
+def batches(
+    cohort: Cohort, steps: Sequence[int], channels: int = 1, spoil: Spoil | None = None
+) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, micro-batches of this rank's rows) for each of the steps."""
+    for step in steps:
+        rows = cohort.placement.rows(cohort.config.data.global_batch)
+        whole = global_batch(cohort.config, step, channels)
+        mine = Batch(whole.images[rows].clone(), whole.targets[rows], whole.ids[rows])
+        if spoil:
+            spoil(step, dist.get_rank(), mine.images)
+        parts = cohort.config.train.accumulation
+        pieces = zip(mine.images.chunk(parts), mine.targets.chunk(parts), mine.ids.chunk(parts), strict=True)
+        yield step, [Batch(*piece) for piece in pieces]
+
+
+def do_steps(cohort: Cohort, steps: Sequence[int], channels: int = 1, spoil: Spoil | None = None) -> list[Any]:
+    """Trains; gives (terms as numbers, skipped) of each step."""
+    done = []
+    for step, pieces in batches(cohort, steps, channels, spoil):
+        terms, skipped = train_step(cohort, pieces, Progress(step, STEPS_PER_EPOCH, 2), Clock(CPU))
+        done.append(({key: value.item() for key, value in terms.items()}, int(skipped)))
+    return done
+
+
+def state(cohort: Cohort) -> dict[str, Tensor]:
+    """Copies of every tensor of this rank's peers, as `peer/name`, and of the method, as `method/name`."""
+    tensors = {f"{k}/{name}": x for k, r in cohort.residents.items() for name, x in r.peer.state_dict().items()}
+    tensors |= {f"method/{name}": x for name, x in cohort.method.state_dict().items()}
+    return {name: x.detach().clone() for name, x in tensors.items()}
+
+
+def optimizer_state(cohort: Cohort) -> dict[str, Tensor]:
+    """Copies of every tensor that the optimisers remember."""
+    return {
+        f"{i}/{j}/{name}": x.detach().clone()
+        for i, optimizer in enumerate(cohort.optimizers())
+        for j, remembered in optimizer.state_dict()["state"].items()
+        for name, x in remembered.items()
+        if isinstance(x, Tensor)
+    }
+
+
+def train_states(config: RunConfig, steps: int, method: type[Method] | None = None) -> dict[str, Tensor]:
+    """This rank's state after so many steps."""
+    cohort = cohort_of(config, method=method)
+    do_steps(cohort, range(steps))
+    return state(cohort)
+
+
+def joined(ranks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The states of all ranks as one; what several ranks hold must be the same bits but for BatchNorm statistics."""
+    whole: dict[str, Tensor] = {}
+    for held in ranks:
+        for name, x in held.items():
+            if "running_" not in name and name in whole:
+                assert torch.equal(whole[name], x), f"{name} differs between ranks"
+            whole.setdefault(name, x)
+    return whole
