@@ -144,31 +144,27 @@ def test_a_line_cut_short_by_a_kill_is_written_again(tiny: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("method", "peers", "before", "after", "reference"),
+    ("method", "peers", "before", "after", "kind"),
     [
-        ("dml", 2, 2, 1, 1),
-        ("dml", 2, 1, 2, 1),
-        ("independent", 2, 2, 1, 1),
-        ("independent", 2, 1, 2, 1),
-        ("dml", 3, 3, 1, 1),
-        ("dml", 4, 4, 2, 1),
+        ("dml", 2, 2, 1, "auto"),
+        ("dml", 2, 1, 2, "auto"),
+        ("independent", 2, 2, 1, "auto"),
+        ("independent", 2, 1, 2, "auto"),
+        ("dml", 3, 3, 1, "auto"),
+        ("dml", 4, 4, 2, "auto"),
         # Two replicas before and after, so that BatchNorm sees the same rows.
-        ("dml", 2, 4, 2, 4),
+        ("dml", 2, 4, 2, "colocated"),
     ],
 )
 def test_a_killed_run_goes_on_on_another_number_of_ranks(
-    tiny: Path, tmp_path: Path, undisturbed: Any, method: str, peers: int, before: int, after: int, reference: int
+    tiny: Path, tmp_path: Path, undisturbed: Any, method: str, peers: int, before: int, after: int, kind: str
 ) -> None:
     short = {"train": {"epochs": 2, "ema_decay": 0.9}}
-    config = a_run(tiny, tmp_path, method, peers, **short)
-    kill_after_step(before, config, chance.randrange(3, 7))
+    kill_after_step(before, a_run(tiny, tmp_path, method, peers, **short), chance.randrange(4, 7))
     assert checkpoint.steps_on_disk(tmp_path)
-    if (before, after) == (4, 2):
-        raw = config.placement.model_copy(update={"kind": "colocated" if peers == 2 else "auto"})
-        config = config.model_copy(update={"placement": raw})
-    run_ranks(after, train_here, config)
+    run_ranks(after, train_here, a_run(tiny, tmp_path, method, peers, placement={"kind": kind}, **short))
 
-    expected = undisturbed(method, peers, reference, **short)
+    expected = undisturbed(method, peers, before, **short)
     assert_same_state(final_state(tmp_path), final_state(expected), relative=1e-5)
     assert [line["step"] for line in numbers(tmp_path)] == [line["step"] for line in numbers(expected)]
     for line, other in zip(numbers(tmp_path), numbers(expected), strict=True):
