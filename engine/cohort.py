@@ -115,9 +115,13 @@ class Cohort:
         self.residents = {
             index: self._resident(index, network, infos[index], steps_per_epoch) for index, network in networks.items()
         }
-        self._buffers = [b for r in self.residents.values() for b in r.peer.buffers() if b.is_floating_point()]
+        modules = [m for r in self.residents.values() for m in (r.peer, r.ema) if m is not None]
+        self._buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
         self.nothing = torch.zeros((), device=device)
-        self._buffers_before = [b.clone() for b in self._buffers]
+        every = [b for module in (*(r.peer for r in self.residents.values()), self.method) for b in module.buffers()]
+        formats = {b.dtype: None for b in every}
+        self._remembered = [[b for b in every if b.dtype == dtype] for dtype in formats]
+        self._before = [_flat(buffers) for buffers in self._remembered]
 
     def _resident(self, index: int, network: nn.Module, info: PeerInfo, steps_per_epoch: int) -> Resident:
         config = self.config
@@ -174,13 +178,12 @@ class Cohort:
             schedule.step_update(step)
         for optimizer in self.optimizers():
             optimizer.zero_grad(set_to_none=True)
-        torch._foreach_copy_(self._buffers_before, self._buffers)
+        self._before = [_flat(buffers) for buffers in self._remembered]
 
     def restore_buffers(self, skip: Tensor) -> None:
-        """BatchNorm statistics of a step that is skipped would keep its non-finite values for ever."""
-        with torch.no_grad():
-            for now, before in zip(self._buffers, self._buffers_before, strict=True):
-                torch.where(skip > 0, before, now, out=now)
+        """Statistics of the peers and of the method would keep the non-finite values of a skipped step for ever."""
+        for buffers, before in zip(self._remembered, self._before, strict=True):
+            _fill(buffers, torch.where(skip > 0, before, _flat(buffers)))
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Of each resident, then of the method's shared modules."""
@@ -198,17 +201,21 @@ class Cohort:
 
         Each rank's statistics are linear in its batches, so averaging now and going on is the same as averaging later.
         """
-        if self.replica_group.size() == 1:
+        if self.replica_group.size() == 1 or not self._buffers:
             return
-        averaged = [r.ema for r in self.residents.values() if r.ema is not None]
-        buffers = [*self._buffers, *(b for ema in averaged for b in ema.buffers() if b.is_floating_point())]
-        if not buffers:
-            return
-        flat = torch.cat([b.reshape(-1) for b in buffers])
+        flat = _flat(self._buffers)
         dist.all_reduce(flat, group=self.replica_group)
-        flat /= self.replica_group.size()
-        pieces = flat.split([b.numel() for b in buffers])
-        torch._foreach_copy_(buffers, [piece.view_as(b) for piece, b in zip(pieces, buffers, strict=True)])
+        _fill(self._buffers, flat / self.replica_group.size())
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    # Hundreds of small tensors in one piece: a few kernels instead of one for each.
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    pieces = flat.split([x.numel() for x in tensors])
+    torch._foreach_copy_(list(tensors), [piece.view_as(x) for piece, x in zip(pieces, tensors, strict=True)])
 
 
 def _average_gradients(module: nn.Module, group: dist.ProcessGroup | None, device: torch.device) -> nn.Module:

@@ -20,7 +20,7 @@ class Exchange:
     """Shows the signals of this rank's peers to the ranks that hold the others, and theirs to this rank."""
 
     def __init__(self, placement: Placement, group: dist.ProcessGroup, wire: torch.dtype = torch.float32) -> None:
-        self._placement, self._group, self._wire = placement, group, wire
+        self._placement, self.group, self._wire = placement, group, wire
         self._layouts: dict[tuple[_Key, ...], list[list[_Shapes]]] = {}
 
     def __call__(
@@ -46,9 +46,9 @@ class Exchange:
         longest = max(_numel(group) for group in layout)
         flat = torch.nn.functional.pad(flat, (0, longest - flat.numel()))
         if mode == "differentiable":
-            gathered = all_gather_with_gradient(flat, self._group)
+            gathered = all_gather_with_gradient(flat, self.group)
         else:
-            gathered = all_gather(flat.detach(), self._group)
+            gathered = all_gather(flat.detach(), self.group)
         signals = [peer for row, shapes in zip(gathered.float(), layout, strict=True) for peer in _unpack(row, shapes)]
         return [own.get(k, signals[k]) for k in range(self._placement.num_peers)]
 
@@ -59,7 +59,7 @@ class Exchange:
         key = tuple(tuple(shapes) for shapes in mine)
         if key not in self._layouts:
             layout: list[list[_Shapes]] = [[] for _ in range(self._placement.groups)]
-            dist.all_gather_object(layout, mine, group=self._group)
+            dist.all_gather_object(layout, mine, group=self.group)
             self._layouts[key] = layout
         return self._layouts[key]
 

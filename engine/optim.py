@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,7 +53,7 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     options: dict[str, Any] = dict(config.options)
     if "fused" in inspect.signature(timm.optim.get_optimizer_class(config.name, bind_defaults=False)).parameters:
         options["fused"] = True
-    return timm.optim.create_optimizer_v2(
+    optimizer = timm.optim.create_optimizer_v2(
         module,
         opt=config.name,
         lr=config.lr,
@@ -61,6 +62,12 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         filter_bias_and_bn=not config.decay_norm_and_bias,
         **options,
     )
+    if isinstance(optimizer, torch.optim.SGD):
+        # Fused SGD makes its buffers of uninitialised memory at the first update and, if that is skipped, keeps them so.
+        for group in optimizer.param_groups:
+            for p in group["params"] if group["momentum"] else ():
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def make_schedule(
@@ -71,8 +78,11 @@ def make_schedule(
         optimizer,
         sched={"step": "multistep"}.get(config.name, config.name),
         num_epochs=epochs,
-        # timm lets milestone m act at update m - 1; a rate that falls after 60 epochs must not fall one update early.
-        decay_milestones=[m + 1 / steps_per_epoch for m in config.milestones],
+        # timm lets the rate fall before update u where u + 1 reaches milestone * updates_per_epoch. The first update at
+        # or after the milestone is meant; the half keeps rounding from making it the one after.
+        decay_milestones=[
+            (math.ceil(round(m * steps_per_epoch, 6)) + 0.5) / steps_per_epoch for m in config.milestones
+        ],
         decay_rate=config.gamma,
         min_lr=config.min_lr,
         warmup_epochs=config.warmup_epochs,
@@ -96,7 +106,8 @@ def unscale(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.Gr
     """
     gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
     # The scaler looks at gradients only, so what was agreed on reaches it as one.
-    next(gradients).view(-1)[:1].add_(torch.where(skip > 0, torch.inf, 0.0))
+    first = next(gradients)
+    first[(0,) * first.ndim].add_(torch.where(skip > 0, torch.inf, 0.0).reshape(()))
     scaler.unscale_(optimizer)
 
 
@@ -108,7 +119,7 @@ def update(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.Gra
     if scaler.is_enabled():
         scaler.step(optimizer)
     elif getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.found_inf = skip.reshape(())  # type: ignore[attr-defined]
         optimizer.step()
     elif not skip.item():
         optimizer.step()

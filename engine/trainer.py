@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data_pipelines import Batch, Pipeline, open_pipeline
 from engine import checkpoint
@@ -20,6 +21,7 @@ from engine.collectives import Launch, choose_device, start
 from engine.config import ConfigError, RunConfig, check_data, load
 from engine.evaluation import evaluate_cohort
 from engine.files import write_json
+from engine.guards import check_same_rows, check_same_weights
 from engine.meter import Meter
 from engine.optim import check_optimizer
 from engine.placement import Placement, plan
@@ -223,7 +225,7 @@ class _Run:
                 self.step += 1
                 if self.tracker:
                     self.tracker.progress(self.step)
-                self._report_and_save()
+                self._report_and_save(batch.ids)
         if self.tracker:
             self.tracker.close()
 
@@ -234,7 +236,7 @@ class _Run:
         pieces = zip(batch.images.chunk(parts), batch.targets.chunk(parts), batch.ids.chunk(parts), strict=True)
         return [Batch(*piece) for piece in pieces]
 
-    def _report_and_save(self) -> None:
+    def _report_and_save(self, ids: Tensor) -> None:
         """What is due after a step, in the order in which a kill between two of them loses nothing: a checkpoint comes
         after all lines up to its step."""
         config, step = self.config, self.step
@@ -246,7 +248,10 @@ class _Run:
 
         if not (save or score or ends_epoch or step % config.log.every_steps == 0):
             return
+        check_same_rows(self.cohort, ids, step)
         self._write_line()
+        if ends_epoch:
+            check_same_weights(self.cohort, step)
         if save or score:
             self.cohort.average_buffers()
         if score:
