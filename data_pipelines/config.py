@@ -30,7 +30,7 @@ _Range = Annotated[tuple[float, float], Strict(False)]
 class DataConfig(BaseModel):
     """Which data set, where it is, and how its images are augmented."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     dataset: Literal["fashion_mnist_subset", "fashion_mnist", "cifar10", "cifar100", "image_folder"] = Field(
         description="The data set; fashion_mnist_subset comes with the package, image_folder is ImageNet's layout."

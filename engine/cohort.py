@@ -20,7 +20,7 @@ from engine.exchange import Exchange
 from engine.optim import make_optimizer, make_schedule
 from engine.placement import Placement
 from engine.randomness import before_forward, initialisation
-from losses import METHODS, Method, PeerInfo, Signals
+from losses import METHODS, Method, PeerInfo, Progress, Signals, Terms
 from models.weightless import weightless
 
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,6 +107,9 @@ class Cohort:
             self.method = method(config.method, infos).to(device)
 
         learns = any(p.requires_grad for p in self.method.parameters())
+        if learns and (len(self.turns) > 1 or method.exchange == "differentiable"):
+            # Their gradient is whole on every rank only if every rank computes the whole objective of its rows at once.
+            raise ValueError(f"{method.name}: modules that all peers share need one turn and signals without gradient")
         self.shared_optimizer = make_optimizer(self.method, config.optimizer) if learns else None
         self._schedules: list[Scheduler] = []
         if self.shared_optimizer:
@@ -162,6 +165,16 @@ class Cohort:
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 signals[index] = self.residents[index].wrapped(images)
         return signals
+
+    def objective(
+        self, learners: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress, micro: int
+    ) -> Terms:
+        """The method's terms for the learners that live here; none where no learner does."""
+        if not learners:
+            return {}
+        shared = self.placement.num_peers
+        before_forward(self.config.seed, shared, progress.step, micro, self.placement.replica, self.device)
+        return self.wrapped_method(learners, signals, targets, progress)
 
     @contextlib.contextmanager
     def gradients_stay_here(self, stay: bool) -> Iterator[None]:

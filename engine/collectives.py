@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from engine.config import ConfigError
 
@@ -53,13 +55,16 @@ def start(launch: Launch, device: torch.device) -> None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         # NCCL refuses two ranks on one GPU; gloo takes CUDA tensors too, more slowly.
         backend = "cpu:gloo,cuda:nccl" if ranks_here <= torch.cuda.device_count() else "gloo"
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=FIRST_STEP_TIMEOUT)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(
-            backend, store=store, rank=launch.rank, world_size=launch.world, timeout=FIRST_STEP_TIMEOUT
-        )
+        store, _, _ = next(rendezvous("env://", timeout=FIRST_STEP_TIMEOUT))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun hands the store of the workers that died, with their addresses, to those that it starts in their
+            # place. On several nodes the agents count restarts differently, so there it has to be told not to:
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"restart_{attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=FIRST_STEP_TIMEOUT)
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

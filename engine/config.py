@@ -196,6 +196,9 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
         names = [name for name, _ in self.cohort]
+        taken = sorted({"ensemble", "cohort"} & set(names))
+        if taken:
+            raise ValueError(f"peers: name {taken[0]!r} stands for all peers together; expected another name")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"peers: name {twice[0]!r} is used twice; expected a different name for each peer")
@@ -208,7 +211,13 @@ class RunConfig(_Section):
             METHODS[self.method.name].check(self.method, len(names))
         except ValueError as error:
             raise ValueError(f"method.name = {self.method.name}: {error}") from None
-        if self.train.accumulation > 1 and len(METHODS[self.method.name].turns(self.method, len(names))) > 1:
+        in_turn = len(METHODS[self.method.name].turns(self.method, len(names))) > 1
+        if in_turn and self.precision.amp == "fp16":
+            raise ValueError(
+                "precision.amp = fp16: peers that are updated in turn (method.order = sequential) would scale their "
+                "losses differently from rank to rank; expected bf16 or float32"
+            )
+        if in_turn and self.train.accumulation > 1:
             raise ValueError(
                 f"train.accumulation = {self.train.accumulation}: peers that are updated in turn (method.order = "
                 "sequential) need a whole batch at once; expected 1"
@@ -319,7 +328,9 @@ def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     for key, value in own.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            renamed = any(tag in value and tag in old and value[tag] != old[tag] for tag in ("name", "dataset"))
+            default = getattr(getattr(RunConfig.model_fields.get(key), "default", None), "name", None)
+            before = {"name": old.get("name", default), "dataset": old.get("dataset")}
+            renamed = any(before[tag] not in (None, value.get(tag, before[tag])) for tag in before)
             merged[key] = value if renamed else _merge(old, value)
         else:
             merged[key] = value

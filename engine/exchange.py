@@ -24,7 +24,11 @@ class Exchange:
         self._layouts: dict[tuple[_Key, ...], list[list[_Shapes]]] = {}
 
     def __call__(
-        self, own: Mapping[int, Signals], mode: Literal["none", "detached", "differentiable"] = "detached"
+        self,
+        own: Mapping[int, Signals],
+        mode: Literal["none", "detached", "differentiable"] = "detached",
+        *,
+        exact: bool = False,
     ) -> Sequence[Signals]:
         """One all-gather over the exchange group, or none where all peers live here or `mode` is `none`.
 
@@ -32,6 +36,7 @@ class Exchange:
             own: signals of each resident, every tensor of the same N rows on all ranks of the group.
             mode: `detached`: the other peers' signals are constants. `differentiable`: the gradients that other ranks
                 have for this rank's signals come back in the backward pass. `none`: the others' signals stay empty.
+            exact: send float32, whatever the format of signals under way.
 
         Returns:
             The signals of all K peers in order, in float32: the residents' own tensors, live, and the others' copies.
@@ -42,7 +47,8 @@ class Exchange:
         if mode == "none":
             return [own.get(k, {}) for k in range(self._placement.num_peers)]
         layout = self._layout(own)
-        flat = torch.cat([x.reshape(-1) for k in self._placement.residents for x in own[k].values()]).to(self._wire)
+        flat = torch.cat([x.reshape(-1) for k in self._placement.residents for x in own[k].values()])
+        flat = flat if exact else flat.to(self._wire)
         longest = max(_numel(group) for group in layout)
         flat = torch.nn.functional.pad(flat, (0, longest - flat.numel()))
         if mode == "differentiable":

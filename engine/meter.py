@@ -39,10 +39,12 @@ class Meter:
         Returns:
             {(peer, name): mean}, the number of updates skipped and the longest row of them.
         """
-        if not self._keys:
+        new = torch.tensor([bool(self._sums.keys() - set(self._keys))], dtype=torch.int32, device=self._device)
+        dist.all_reduce(new, dist.ReduceOp.MAX)
+        if new.item():
             everyones: list[list[tuple[int | None, str]]] = [[] for _ in range(self._placement.world)]
             dist.all_gather_object(everyones, list(self._sums))
-            self._keys = sorted({key for keys in everyones for key in keys}, key=str)
+            self._keys = sorted({key for keys in [*everyones, self._keys] for key in keys}, key=str)
         sums = torch.zeros(len(self._keys), device=self._device)
         for i, key in enumerate(self._keys):
             if key in self._sums:

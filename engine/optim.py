@@ -63,7 +63,7 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         **options,
     )
     if isinstance(optimizer, torch.optim.SGD):
-        # Fused SGD makes its buffers of uninitialised memory at the first update and, if that is skipped, keeps them so.
+        # Fused SGD takes its buffers from uninitialised memory at the first update, and keeps them if that is skipped.
         for group in optimizer.param_groups:
             for p in group["params"] if group["momentum"] else ():
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

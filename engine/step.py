@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
         The terms of the objective and (k, "grad_norm") of each resident, detached, averaged over the micro-batches; and
         [1] on the device, 1 where the update was skipped because some rank met a non-finite number.
     """
-    method, everybody = cohort.wrapped_method, range(cohort.placement.num_peers)
+    everybody = range(cohort.placement.num_peers)
     total: Terms = {}
     skipped = torch.zeros(1, device=cohort.device)
     cohort.begin_step(progress.step)
@@ -44,7 +45,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
                 signals = cohort.exchange(own, cohort.method.exchange)
                 clock.mark("exchange")
 
-                terms = method(learners, signals, batch.targets, progress) if learners else {}
+                terms = cohort.objective(learners, signals, batch.targets, progress, micro)
                 for key, term in terms.items():
                     total[key] = total.get(key, 0) + term.detach() / len(batches)
                 if terms:
@@ -65,7 +66,8 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
     cohort.method.after_step(
         AfterStep(
             residents={k: r.peer for k, r in cohort.residents.items()},
-            exchange=cohort.exchange,
+            exchange=partial(cohort.exchange, exact=True),
+            skipped=skipped,
             images=batches[-1].images,
             targets=batches[-1].targets,
             progress=progress,

@@ -18,7 +18,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from engine import config as configuration
 from engine import report
 from engine.collectives import Launch
-from engine.trainer import check, train
+from engine.preflight import check
+from engine.trainer import train
 from launch.entry import parser, user_errors
 
 EPILOG = """\

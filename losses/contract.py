@@ -26,7 +26,7 @@ Terms = dict[tuple[int | None, str], Tensor]
 class MethodOptions(BaseModel):
     """The keys of `method:` in a config. A subclass narrows `name` to its own name and adds the method's options."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: str
 
@@ -62,7 +62,10 @@ class AfterStep:
     residents: Mapping[int, nn.Module]
     """The peers that live here, by index: network and head. Their parameters may be written in place."""
     exchange: Callable[[Mapping[int, Signals]], Sequence[Signals]]
-    """Takes named tensors of each resident, gives those of all K peers. Every rank must call it equally often."""
+    """Takes named tensors of each resident, gives those of all K peers, in float32 whatever format signals travel in.
+    Every rank must call it equally often."""
+    skipped: Tensor
+    """[1] on the device, 1 where no optimiser has moved because some rank met a non-finite number."""
     images: Tensor
     targets: Tensor
     progress: Progress
@@ -80,7 +83,8 @@ class Method(nn.Module, ABC):
     signals: ClassVar[tuple[str, ...]] = ("logits",)
     """What the peers show each other. Known to every peer: `logits` [N, C] and `features` [N, D]; a head adds more."""
     exchange: ClassVar[Literal["none", "detached", "differentiable"]] = "detached"
-    """Whether signals of other peers come without gradient or carry it back to their owner; `none` sends nothing."""
+    """Whether signals of other peers come without gradient or carry it back to their owner; `none` sends nothing. Where
+    they carry it, the terms of a rank are its share of the objective, and all ranks' shares must use all signals."""
 
     def __init__(self, options: Any, peers: Sequence[PeerInfo]) -> None:
         super().__init__()

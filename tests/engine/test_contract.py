@@ -1,5 +1,5 @@
-"""What the contract of a method can carry, shown by methods made up here: heads, shared modules, gradients across ranks,
-parameter communication, dropout. Colocated and spread must agree for each of them."""
+"""What the contract of a method can carry, shown by methods made up here: heads, shared modules, gradients across
+ranks, parameter communication, dropout. Colocated and spread must agree for each of them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,18 @@ PLACEMENTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+DONE: dict[Any, dict[str, Tensor]] = {}
+"""Runs are deterministic, so that one serves several tests."""
+
+
 def trained(method: type[Method], placement: str, peers: Any = 2, **sections: Any) -> dict[str, Tensor]:
     """The parameters of all peers, heads and the method after 5 steps; equal bits wherever they are held twice."""
     ranks, section = PLACEMENTS[placement]
-    config = config_of({"name": "independent"}, peers, placement=section, **sections)
-    return joined(run_world(ranks, train_states, with_method(config, method), STEPS, method))
+    key = (method.name, ranks, repr((section, peers, sections)))
+    if key not in DONE:
+        config = config_of({"name": "independent"}, peers, placement=section, **sections)
+        DONE[key] = joined(run_world(ranks, train_states, with_method(config, method), STEPS, method))
+    return DONE[key]
 
 
 def with_method(config: RunConfig, method: type[Method]) -> RunConfig:

@@ -1,5 +1,5 @@
-"""Promise 4: one exchange a step. Every collective of a real step is seen at torch's dispatcher, and counted in calls and
-bytes by the group that it runs on."""
+"""Promise 4: one exchange a step. Every collective of a real step is seen at torch's dispatcher, and counted in calls
+and bytes by the group that it runs on."""
 
 from __future__ import annotations
 
@@ -47,17 +47,22 @@ class Recorder(TorchDispatchMode):
         if function.namespace in ("c10d", "_c10d_functional"):
             name = function._opname.strip("_")
             if name not in ("wait_tensor", "wrap_tensor_autograd"):
-                group = next(a for a in args if isinstance(a, str) and a.isdigit() or isinstance(a, torch.ScriptObject))
-                group = (
-                    dist.distributed_c10d._resolve_process_group(group)
-                    if isinstance(group, str)
-                    else dist.ProcessGroup.unbox(group)
-                )
+                group = _group(args)
                 # c10d's all-gather into one tensor takes (output, input), all others take their input first.
                 sent = args[1] if name == "allgather_base" else args[0]
                 size = sum(x.numel() * x.element_size() for x in tree_leaves(sent))
                 self.calls.append(Call("", name, tuple(dist.get_process_group_ranks(group)), size))
         return function(*args, **(kwargs or {}))
+
+
+def _group(arguments: Any) -> dist.ProcessGroup:
+    """The process group that an operator was given: boxed by c10d, by name in functional collectives."""
+    for argument in arguments:
+        if isinstance(argument, torch.ScriptObject):
+            return dist.ProcessGroup.unbox(argument)
+        if isinstance(argument, str) and argument.isdigit():
+            return dist.distributed_c10d._resolve_process_group(argument)
+    raise AssertionError(f"no process group among {arguments}")
 
 
 class Parts(Clock):
@@ -71,19 +76,20 @@ class Parts(Clock):
         self._recorder.calls = [call if call.part else call._replace(part=name) for call in self._recorder.calls]
 
 
-def calls_of_second_step(config: RunConfig, method: Any = None) -> tuple[list[Call], int]:
-    """The collectives of step 1 (in step 0 the ranks tell each other shapes), and the bytes of this rank's gradients."""
+def calls_of_a_step(config: RunConfig, method: Any = None) -> tuple[list[Call], int]:
+    """The collectives of step 2, and the bytes of this rank's gradients. Once, in step 0, ranks tell each other shapes,
+    and once, in step 1, DDP agrees on its buckets."""
     cohort = cohort_of(config, method=method)
-    do_steps(cohort, [0])
+    do_steps(cohort, [0, 1])
     with Recorder() as recorder:
-        for step, pieces in batches(cohort, [1]):
+        for step, pieces in batches(cohort, [2]):
             train_step(cohort, pieces, Progress(step, STEPS_PER_EPOCH, 2), Parts(recorder))
     gradients = sum(p.numel() for r in cohort.residents.values() for p in r.peer.parameters())
     return recorder.calls, gradients * FLOAT
 
 
 def counted(ranks: int, placement: dict[str, Any], method: dict[str, Any] | None = None, peers: int = 2, **rest: Any):
-    return run_world(ranks, calls_of_second_step, config_of(method, peers, placement=placement, **rest))
+    return run_world(ranks, calls_of_a_step, config_of(method, peers, placement=placement, **rest))
 
 
 def agreement(world: int) -> Call:
@@ -185,7 +191,7 @@ def test_accumulation_averages_gradients_once_and_exchanges_each_micro_batch() -
 
 def test_differentiable_adds_one_reduce_scatter_in_the_backward_pass() -> None:
     config = with_method(config_of({"name": "independent"}, 3, placement={"kind": "spread"}), Consensus)
-    for calls, _ in run_world(3, calls_of_second_step, config, Consensus):
+    for calls, _ in run_world(3, calls_of_a_step, config, Consensus):
         size = FLOAT * ROWS * CLASSES
         assert calls == [
             Call("exchange", "all_gather_into_tensor", (0, 1, 2), size),

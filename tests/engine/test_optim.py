@@ -26,8 +26,8 @@ def rates(updates: list[int], epochs: int, steps_per_epoch: int, lr: float = 0.1
     return found
 
 
-# 47 and 5005 are where floating point made a rate fall one update late.
-@pytest.mark.parametrize("per_epoch", [1, 3, 7, 41, 47, 390, 781, 5005])
+# 77, 273 and 1077 are where floating point would let one of the rates fall one update late.
+@pytest.mark.parametrize("per_epoch", [1, 3, 7, 77, 273, 391, 1077, 5004])
 def test_step_falls_exactly_at_the_update_that_begins_the_epoch(per_epoch: int) -> None:
     updates = [0, *(m * per_epoch + d for m in (60, 120, 180) for d in (-1, 0)), 200 * per_epoch - 1]
     expected = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001]
@@ -151,8 +151,7 @@ def test_options_reach_the_optimiser() -> None:
     ("config", "message"),
     [
         (OptimizerConfig(name="sdg"), r"^optimizer\.name = 'sdg': not one of timm's optimisers; nearest: .*sgd"),
-        (OptimizerConfig(options={"beta": 1}), r"^optimizer\.options = \{'beta': 1\}: refused by sgd: .*'beta'"),
-        (OptimizerConfig(momentum=0.0), r"momentum"),
+        (OptimizerConfig(options={"beta": 1}), r"^optimizer\.options\.beta = 1: not an option of sgd"),
     ],
 )
 def test_what_timm_refuses_is_refused_by_name(config: OptimizerConfig, message: str) -> None:

@@ -1,0 +1,201 @@
+"""launch/train.py: what its options print, and that starting over never deletes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.config import describe, load
+from engine.tracking import read_metrics
+from launch.train import main
+from tests.kills import assert_same_state, final_state, numbers
+from tests.worlds import run_ranks
+
+CONFIG = """\
+name: small
+dir: {at}/run
+device: cpu
+method: {{name: dml}}
+peers: [{{network: cifar_resnet8_b, copies: 2, options: {{width: 4}}}}]
+data: {{dataset: fashion_mnist, root: {data}, global_batch: 24}}
+train: {{epochs: 1}}
+log: {{progress: false, every_steps: 1}}
+"""
+
+Outcome = tuple[str, str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # Quicker for networks this small.
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tiny: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(CONFIG.format(at=tmp_path, data=tiny))
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """launch/train.py in this process, to a good end: stdout, stderr."""
+
+    def run(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["launch/train.py", *map(str, arguments)])
+        main()
+        out, err = capfd.readouterr()
+        return out, err
+
+    return run
+
+
+def train_with(*arguments: str) -> None:
+    """launch/train.py on a rank of a test's world."""
+    sys.argv = ["launch/train.py", *arguments]
+    main()
+
+
+def test_print_config_prints_what_loads_as_the_same_config(
+    config: Path, tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
+    overrides = ["train.epochs=7", "optimizer.lr=1e-4", "peers.0.options.width=8"]
+    out, err = command(config, *overrides, "--print-config")
+    (tmp_path / "again.yaml").write_text(out)
+    assert err == ""
+    assert load(tmp_path / "again.yaml") == load(config, overrides)
+    assert command(tmp_path / "again.yaml", "--print-config") == (out, "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_says_what_would_run_and_writes_nothing(
+    config: Path, tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert command(config, "--check") == (
+        "small: dml; colocated: all peers on every rank, 1 rank a peer, 1 in all\n",
+        "",
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_keys_lists_every_key_with_a_meaning(command: Callable[..., Outcome]) -> None:
+    out, _ = command("--keys")
+    assert out == describe() + "\n"
+    lines = out.splitlines()
+    keys = {line.split(" = ")[0] for line in lines[::2]}
+    assert keys >= {
+        "name",
+        "seed",
+        "method.temperature",
+        "peers.N.network",
+        "data.dataset",
+        "train.epochs",
+        "log.wandb",
+    }
+    for key, meaning in zip(lines[::2], lines[1::2], strict=True):
+        assert re.fullmatch(r"[a-zA-Z0-9_.]+( = .*)?", key), key
+        assert re.fullmatch(r"    \S.{5,}", meaning), f"{key}: {meaning}"
+
+
+def test_help_mentions_all_options_and_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", "--help"])
+    main()
+    out = capfd.readouterr().out
+    for word in ("--print-config", "--check", "--keys", "--fresh", "CONFIG", "section.key=value", "Exit codes: 0"):
+        assert word in out, word
+
+
+def test_a_run_ends_with_a_table_and_the_place_of_the_curves(
+    config: Path, tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
+    out, _ = command(config)
+    run = tmp_path / "run"
+    assert out == f"\n{(run / 'table.txt').read_text()}\n{run / 'curves.png'}\n"
+    assert {path.name for path in run.iterdir()} >= {
+        *("config.yaml", "starts.json", "metrics.jsonl", "checkpoints", "table.txt", "curves.png"),
+    }
+
+
+def test_fresh_moves_the_earlier_run_aside_and_deletes_nothing(
+    config: Path, tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
+    command(config)
+    run = tmp_path / "run"
+    before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    # With another seed, which would be refused without --fresh.
+    _, err = command(config, "seed=1", "--fresh")
+    aside = [path for path in tmp_path.iterdir() if path.name.startswith("run.")]
+    assert len(aside) == 1
+    assert f"the earlier run is now in {aside[0]}\n" in err
+    assert {path.relative_to(aside[0]): path.read_bytes() for path in aside[0].rglob("*") if path.is_file()} == before
+    assert load(run / "config.yaml").seed == 1
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 5]
+
+
+def test_fresh_without_an_earlier_run_is_an_ordinary_start(
+    config: Path, tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
+    _, err = command(config, "--fresh")
+    assert "earlier run" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "small.yaml"]
+
+
+def test_fresh_on_several_ranks_moves_once_and_no_rank_minds_the_earlier_run(config: Path, tmp_path: Path) -> None:
+    """Rank 1 must not read the earlier run's config, or find it half moved."""
+    run_ranks(2, train_with, str(config))
+    run_ranks(2, train_with, str(config), "seed=1", "--fresh")
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith("run.")]) == 1
+    assert load(tmp_path / "run" / "config.yaml").seed == 1
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_fresh_does_not_start_over_when_a_scheduler_restarts_the_command(
+    config: Path, tmp_path: Path, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    command(config, "--fresh")
+    state = final_state(tmp_path / "run")
+    monkeypatch.setenv(name, "1")
+    _, err = command(config, "--fresh")
+    assert "complete at step 5 of 5" in err
+    assert_same_state(final_state(tmp_path / "run"), state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "small.yaml"]
+
+
+@pytest.mark.parametrize("option", [["--check"], ["optimizer.name=sdg"]])
+def test_fresh_leaves_the_earlier_run_where_it_is_if_nothing_is_trained(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("an earlier run")
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", str(config), "--fresh", *option])
+    if option == ["--check"]:
+        main()
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            main()
+    assert (run / "config.yaml").read_text() == "an earlier run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "small.yaml"]
+
+
+def test_the_same_command_again_goes_on_where_the_run_was(
+    config: Path, tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
+    command(config, "schedule.name=constant")
+    command(config, "schedule.name=constant", "train.epochs=2")
+    command(config, "schedule.name=constant", "train.epochs=2", f"dir={tmp_path}/whole")
+    assert checkpoint.steps_on_disk(tmp_path / "run")[-1] == 10
+    assert_same_state(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
