@@ -39,6 +39,9 @@ class DataConfig(BaseModel):
         default=None, description="Folder of the data set; needed for all but fashion_mnist_subset. ~ is expanded."
     )
     global_batch: int = Field(ge=1, description="Samples of one optimiser step, over all ranks.")
+    views: Literal["shared", "per_peer"] = Field(
+        default="shared", description="Whether all peers see one augmentation of an image, or each peer its own."
+    )
     mean: list[float] | None = Field(
         default=None, description="Mean of each channel, pixels in [0, 1]; null for the data set's published constants."
     )

@@ -1,7 +1,7 @@
 """What every pipeline gives to the engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +16,26 @@ class Batch:
     """Rows of a global batch, or of the validation split, on the device of the pipeline.
 
     Attributes:
-        images: float32 [n, C, H, W] in channels-last memory, normalised.
+        views: one or more augmentations of the same images, each float32 [n, C, H, W] in channels-last memory,
+            normalised.
         targets: int64 [n], the class of each image.
         ids: int64 [n], the position of each sample in its split.
     """
 
-    images: torch.Tensor
+    views: tuple[torch.Tensor, ...]
     targets: torch.Tensor
     ids: torch.Tensor
+
+    @property
+    def images(self) -> torch.Tensor:
+        """The first view."""
+        return self.views[0]
+
+    def split(self, parts: int) -> "list[Batch]":
+        """Cuts the rows into equal parts, in order; `parts` must divide their number."""
+        views = zip(*(view.chunk(parts) for view in self.views), strict=True)
+        pieces = zip(views, self.targets.chunk(parts), self.ids.chunk(parts), strict=True)
+        return [Batch(*piece) for piece in pieces]
 
 
 class Pipeline(ABC):
@@ -53,13 +65,14 @@ class Pipeline(ABC):
         return self.train_size // self.global_batch
 
     @abstractmethod
-    def train(self, epoch: int, first_step: int, rows: slice) -> Iterator[Batch]:
+    def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """Yields one batch for each of the steps first_step .. steps_per_epoch - 1 of an epoch.
 
         Args:
             epoch: the epoch, from 0.
             first_step: the step of the epoch to begin with; the batches do not depend on it.
             rows: which rows of each global batch to give.
+            views: which augmentations of them, 0, 1, ...; each is drawn independently and is the same in any company.
 
         Raises:
             DataError: a file cannot be read or decoded.

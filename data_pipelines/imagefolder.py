@@ -8,7 +8,7 @@ batch, with any number of threads and ranks. One graph serves training and valid
 import importlib.util
 import io
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -88,7 +88,7 @@ class ImageFolder(Pipeline):
         self._normalise = Normalise(*config.normalisation, config.image_size, device)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cohort-reader")
 
-    def train(self, epoch: int, first_step: int, rows: slice) -> Iterator[Batch]:
+    def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
         shuffled = order.epoch_order(self._seed, epoch, self.train_size)
         size = self.global_batch
@@ -150,7 +150,7 @@ class ImageFolder(Pipeline):
             pixels = pixels if pixels.is_cuda else pixels.pin_memory()
         pixels, numbers = (tensor.to(self._device, non_blocking=True) for tensor in (pixels, numbers))
         # Normalising copies the pixels out of DALI's buffer, which goes back to DALI when ``pixels`` does.
-        batch = Batch(self._normalise(pixels), numbers[1], numbers[0])
+        batch = Batch((self._normalise(pixels),), numbers[1], numbers[0])
         pending.popleft()
         return batch
 

@@ -25,7 +25,7 @@ def epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     return np.argsort(_words(seed, _ORDER, epoch, 0, size), kind="stable").astype(np.int64)
 
 
-def augmentation(seed: int, epoch: int, step: int, rows: int, columns: int) -> NDArray[np.float64]:
+def augmentation(seed: int, epoch: int, step: int, rows: int, columns: int, view: int = 0) -> NDArray[np.float64]:
     """Returns uniform numbers in [0, 1), float64 [rows, columns], for one *global* batch.
 
     Args:
@@ -34,8 +34,9 @@ def augmentation(seed: int, epoch: int, step: int, rows: int, columns: int) -> N
         step: the step in the epoch, from 0.
         rows: samples of the global batch.
         columns: numbers that the augmentation needs for a sample.
+        view: which of the independent augmentations of the batch, from 0.
     """
-    words = _words(seed, _AUGMENTATION, epoch, step, rows * columns)
+    words = _words(seed, _AUGMENTATION + (view << 32), epoch, step, rows * columns)
     # The upper 53 bits fill the mantissa of a float64 exactly.
     return ((words >> np.uint64(11)) * 2.0**-53).reshape(rows, columns)
 

@@ -1,9 +1,10 @@
 """Small images: the whole data set lives on the device as uint8, and a batch is augmented there in one gather."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_pipelines import order
 from data_pipelines.config import DataConfig
@@ -37,19 +38,27 @@ class Resident(Pipeline):
         self._train, self._test = (_to_device(split, device) for split in (train, test))
         self._normalise = Normalise(*config.normalisation, standard.side, device)
 
-    def train(self, epoch: int, first_step: int, rows: slice) -> Iterator[Batch]:
+    def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
         images, labels = self._train
         shuffled = order.epoch_order(self._seed, epoch, self.train_size)
         for step in range(first_step, self.steps_per_epoch):
             begin = step * self.global_batch
-            uniforms = order.augmentation(self._seed, epoch, step, self.global_batch, 3)
-            shifts = np.floor(uniforms[:, :2] * (2 * self._config.padding + 1))
-            flips = (uniforms[:, 2:] < 0.5) & self._config.flip
-            sample = np.column_stack([shuffled[begin : begin + self.global_batch], shifts, flips]).astype(np.int64)
-            ids, down, right, flip = _send(sample[rows].T, self._device)
-            pixels = augment(images, ids, down, right, flip.bool(), self._config.padding, self._config.padding_mode)
-            yield Batch(self._normalise(pixels), labels[ids], ids)
+            columns = [shuffled[begin : begin + self.global_batch, None]]
+            columns += [self._geometry(epoch, step, view) for view in views]
+            ids, *geometry = _send(np.hstack(columns)[rows].T, self._device)
+            shown = (
+                augment(images, ids, down, right, flip.bool(), self._config.padding, self._config.padding_mode)
+                for down, right, flip in zip(*[iter(geometry)] * 3, strict=True)
+            )
+            yield Batch(tuple(self._normalise(pixels) for pixels in shown), labels[ids], ids)
+
+    def _geometry(self, epoch: int, step: int, view: int) -> NDArray[np.int64]:
+        """(down, right, flip) of each row of a global batch, [G, 3]."""
+        uniforms = order.augmentation(self._seed, epoch, step, self.global_batch, 3, view)
+        shifts = np.floor(uniforms[:, :2] * (2 * self._config.padding + 1))
+        flips = (uniforms[:, 2:] < 0.5) & self._config.flip
+        return np.column_stack([shifts, flips]).astype(np.int64)
 
     def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.evaluate`."""
@@ -58,7 +67,7 @@ class Resident(Pipeline):
         for begin in range(rows.start, rows.stop, batch):
             end = min(begin + batch, rows.stop)
             ids = torch.arange(begin, end, device=self._device)
-            yield Batch(self._normalise(images[begin:end]), labels[begin:end], ids)
+            yield Batch((self._normalise(images[begin:end]),), labels[begin:end], ids)
 
     def close(self) -> None:
         """See :meth:`data_pipelines.contract.Pipeline.close`."""

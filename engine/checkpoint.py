@@ -2,7 +2,7 @@
 
     checkpoints/step_00001200/
         peer_NAME.pt    network, head, optimiser, moving average of one peer
-        method.pt       what all peers share: modules, buffers and their optimiser
+        shared.pt       what all peers share: the method's modules and buffers, a trunk, and their optimiser
         manifest.json   step, files, and the small state of the run; written last
 
 A peer's file does not depend on where the peer lived, so a run goes on on any number of ranks. Random numbers are
@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from engine.cohort import Cohort, Resident
 from engine.files import digest, sync, write_json
+from models.stages import load_plain_state, plain_state
 
 VERSION = 1
 
@@ -92,8 +93,8 @@ def save(run: Path, cohort: Cohort, *, step: int, best: Best | None, in_a_row: i
                 _write(aside / f"peer_{resident.name}.pt", _state_of(resident), files)
         if first:
             shared = cohort.shared_optimizer
-            state = {"module": cohort.method.state_dict(), "optimizer": shared and shared.state_dict()}
-            _write(aside / "method.pt", state, files)
+            state = {"modules": cohort.shared.state_dict(), "optimizer": shared and shared.state_dict()}
+            _write(aside / "shared.pt", state, files)
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch makes of a full disk.
         failure = failure or str(error)
     reports: list[tuple[str | None, dict[str, dict[str, Any]]]] = [(None, {})] * cohort.placement.world
@@ -170,10 +171,10 @@ def _remove(folder: Path) -> None:
 def _state_of(resident: Resident) -> dict[str, Any]:
     peer = resident.peer
     return {
-        "network": peer.network.state_dict(),
+        "network": plain_state(resident.whole),
         "head": peer.head and peer.head.state_dict(),
         "optimizer": resident.optimizer.state_dict(),
-        "ema": resident.ema and resident.ema.module.state_dict(),
+        "ema": resident.ema and plain_state(resident.ema.module),
     }
 
 
@@ -194,7 +195,7 @@ def verify(folder: Path) -> Manifest:
             raise CheckpointError(f"{path}: version {version!r}; this program reads version {VERSION}")
         best = raw.pop("best")
         manifest = Manifest(**raw, best=best and Best(**best))
-        wanted = ["method.pt", *(f"peer_{name}.pt" for name in manifest.peers)]
+        wanted = ["shared.pt", *(f"peer_{name}.pt" for name in manifest.peers)]
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.files.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the checkpoint was not finished") from None
@@ -257,14 +258,14 @@ def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:
         raise CheckpointError(f"{folder}: of method {manifest.method}; expected {cohort.config.method.name}")
     for resident in cohort.residents.values():
         state = read_state(folder, f"peer_{resident.name}.pt")
-        resident.peer.network.load_state_dict(state["network"])
+        load_plain_state(resident.whole, state["network"])
         if resident.peer.head is not None:
             resident.peer.head.load_state_dict(state["head"])
         resident.optimizer.load_state_dict(state["optimizer"])
         if resident.ema is not None:
-            resident.ema.module.load_state_dict(state["ema"])
-    shared = read_state(folder, "method.pt")
-    cohort.method.load_state_dict(shared["module"])
+            load_plain_state(resident.ema.module, state["ema"])
+    shared = read_state(folder, "shared.pt")
+    cohort.shared.load_state_dict(shared["modules"])
     if cohort.shared_optimizer is not None:
         cohort.shared_optimizer.load_state_dict(shared["optimizer"])
     cohort.scaler.load_state_dict(manifest.scaler)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,38 +17,44 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+from data_pipelines import Batch
 from engine.config import RunConfig
 from engine.exchange import Exchange
+from engine.gradients import scale_gradient
 from engine.optim import make_optimizer, make_schedule
 from engine.placement import Placement
 from engine.randomness import before_forward, initialisation
 from losses import METHODS, Method, PeerInfo, Progress, Signals, Terms
+from models import heads
+from models.stages import Joined, Stage, Taps, cut, stages
 from models.weightless import weightless
 
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Peer(nn.Module):
-    """A network and the head that the method attached to it. Only the network is evaluated and exported."""
+    """A network, or its branch, and the head that the method attached to it."""
 
-    def __init__(self, network: nn.Module, head: nn.Module | None, signals: Sequence[str]) -> None:
+    def __init__(self, network: nn.Module, head: nn.Module | None, taps: Taps | None, signals: Sequence[str]) -> None:
         super().__init__()
         self.network = network
         self.head = head
+        self._taps = taps
         self._signals = dict.fromkeys(("logits", *signals))
-        self._features: Tensor | None = None
-        if head is not None or "features" in signals:
-            classifier, _ = models.pooled_features(network)
-            network.get_submodule(classifier).register_forward_pre_hook(self._keep_features)
 
-    def _keep_features(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._features = inputs[0]
+    def forward(self, images: Tensor, below: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Gives the peer's signals.
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """images [N, channels, H, W] -> the peer's signals, `logits` [N, C] among them."""
-        available = {"logits": self.network(images)}
-        if self._features is not None:
-            available["features"], self._features = self._features, None
+        Args:
+            images: [N, channels, H, W]; for a branch the trunk's map.
+            below: feature maps that the trunk has shown.
+
+        Returns:
+            `logits` [N, C], and what else the method asked for.
+        """
+        available = {**(below or {}), "logits": self.network(images)}
+        if self._taps is not None:
+            available |= self._taps.take()
         if self.head is not None:
             available |= self.head(available)
         return {name: available[name] for name in self._signals}
@@ -59,10 +67,11 @@ class Resident:
     index: int
     name: str
     peer: Peer
+    whole: nn.Module
+    """The peer's network, with the trunk where that is shared: what is evaluated and exported."""
     wrapped: nn.Module
     """The peer as it is called in training: it averages gradients over its replica group, if that has several ranks."""
     optimizer: torch.optim.Optimizer
-    schedule: Scheduler
     ema: ModelEmaV3 | None
 
 
@@ -77,94 +86,180 @@ class Cohort:
         *,
         num_classes: int,
         channels: int,
+        image_size: int,
         steps_per_epoch: int,
     ) -> None:
         self.config, self.placement, self.device = config, placement, device
-        self.num_classes, self.channels = num_classes, channels
+        self.num_classes, self.channels, self.image_size = num_classes, channels, image_size
+        self._steps_per_epoch = steps_per_epoch
         mesh = placement.mesh(device.type)
         self.replica_group: dist.ProcessGroup = mesh.get_group("replica")
         wire = torch.bfloat16 if config.placement.exchange_dtype == "bf16" else torch.float32
         self.exchange = Exchange(placement, mesh.get_group("peer"), wire)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision.amp == "fp16")
         self.autocast = _AUTOCAST[config.precision.amp]
+        self._schedules: list[Scheduler] = []
 
         method = METHODS[config.method.name]
         self.turns = method.turns(config.method, placement.num_peers)
-        networks: dict[int, nn.Module] = {}
-        infos: list[PeerInfo] = []
-        wants_features = "features" in method.signals or method.head is not Method.head
-        for index, (_, peer) in enumerate(config.cohort):
-            if index in placement.residents:
-                with initialisation(config.seed, index):
-                    networks[index] = models.create(peer.network, num_classes, channels, **peer.options)
-            features = 0
-            if wants_features:
-                with weightless(peer.network):
-                    outline = models.create(peer.network, num_classes, channels, **peer.options)
-                _, features = models.pooled_features(outline)
-            infos.append(PeerInfo(index, num_classes, features))
+        outlines = [self._outline(index) for index in range(placement.num_peers)]
         with initialisation(config.seed, placement.num_peers):
-            self.method = method(config.method, infos).to(device)
-
-        learns = any(p.requires_grad for p in self.method.parameters())
-        if learns and (len(self.turns) > 1 or method.exchange == "differentiable"):
+            self.method = method(config.method, [outline.info for outline in outlines]).to(device)
+        self.trunk = self._shared_trunk(outlines[0])
+        self._trunk_maps: dict[int, Tensor] = {}
+        self.shared = nn.ModuleDict({"method": self.method} | ({"trunk": self.trunk} if self.trunk else {}))
+        self.wrapped_method = self._averaged_over_all(self.method)
+        self.wrapped_trunk = self.trunk and self._averaged_over_all(self.trunk)
+        learns = any(p.requires_grad for p in self.shared.parameters())
+        self.shared_optimizer = self._optimizer(self.shared) if learns else None
+        whole_at_once = len(self.turns) == 1 and method.exchange != "differentiable"
+        if not whole_at_once and any(p.requires_grad for p in self.method.parameters()):
             # Their gradient is whole on every rank only if every rank computes the whole objective of its rows at once.
             raise ValueError(f"{method.name}: modules that all peers share need one turn and signals without gradient")
-        self.shared_optimizer = make_optimizer(self.method, config.optimizer) if learns else None
-        self._schedules: list[Scheduler] = []
-        if self.shared_optimizer:
-            self._schedules.append(self._schedule(self.shared_optimizer, steps_per_epoch))
-        self.wrapped_method = _average_gradients(self.method, dist.group.WORLD, device) if learns else self.method
-        self.residents = {
-            index: self._resident(index, network, infos[index], steps_per_epoch) for index, network in networks.items()
-        }
-        modules = [m for r in self.residents.values() for m in (r.peer, r.ema) if m is not None]
-        self._buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
-        self.nothing = torch.zeros((), device=device)
-        every = [b for module in (*(r.peer for r in self.residents.values()), self.method) for b in module.buffers()]
-        formats = {b.dtype: None for b in every}
-        self._remembered = [[b for b in every if b.dtype == dtype] for dtype in formats]
-        self._before = [_flat(buffers) for buffers in self._remembered]
 
-    def _resident(self, index: int, network: nn.Module, info: PeerInfo, steps_per_epoch: int) -> Resident:
-        config = self.config
-        with initialisation(config.seed, self.placement.num_peers + 1 + index):
-            head = self.method.head(info)
-        memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        self.residents = {index: self._resident(index, outlines[index]) for index in placement.residents}
+        peers = [r.peer for r in self.residents.values()]
+        averages = [r.ema for r in self.residents.values() if r.ema is not None]
+        self._averaged_buffers = _floats([*peers, *averages])
+        self._trunk_buffers = _floats([self.trunk]) if self.trunk else []
+        self._trunk_counters = [b for b in self.trunk.buffers() if not b.is_floating_point()] if self.trunk else []
+        every = [b for module in (*peers, self.shared) for b in module.buffers()]
+        self._remembered = [[b for b in every if b.dtype == dtype] for dtype in {b.dtype: None for b in every}]
+        self._before = [_flat(buffers) for buffers in self._remembered]
+        self.nothing = torch.zeros((), device=device)
+
+    def _outline(self, index: int) -> _Outline:
+        """What a method wants to know of a peer, found without memory for its weights, wherever the peer lives."""
+        peer, options, method = self.config.cohort[index][1], self.config.method, METHODS[self.config.method.name]
+        info = PeerInfo(index, self.num_classes, 0, (), self._auxiliary(index), heads.Projection)
+        looks_inside = method.head is not Method.head or method.trunk is not Method.trunk or len(method.signals) > 1
+        if not looks_inside:
+            return _Outline(info, {}, {}, None)
+        with weightless(peer.network):
+            network = models.create(peer.network, self.num_classes, self.channels, **peer.options)
+        classifier, width = models.pooled_features(network)
+        found: list[Stage] = []
+        if method.taps is not Method.taps or method.trunk is not Method.trunk:
+            found = stages(network, self.channels, self.image_size)
+        taps = {f"stage{j}": found[j - 1].module for j in method.taps(options, len(found))}
+        trunk = method.trunk(options, len(found))
+        return _Outline(
+            replace(info, num_features=width, stages=tuple((stage.channels, stage.side) for stage in found)),
+            taps,
+            {"features": classifier},
+            None if trunk is None else found[trunk - 1].module,
+        )
+
+    def _auxiliary(self, index: int) -> Callable[[int, str], nn.Module]:
+        peer = self.config.cohort[index][1]
+        return partial(heads.auxiliary, peer.network, peer.options, self.num_classes, self.channels, self.image_size)
+
+    def _network(self, index: int) -> nn.Module:
+        peer = self.config.cohort[index][1]
+        with initialisation(self.config.seed, index):
+            network = models.create(
+                peer.network, self.num_classes, self.channels, pretrained=peer.pretrained, **peer.options
+            )
+        memory_format = torch.channels_last if self.config.precision.channels_last else torch.contiguous_format
         network = network.to(self.device, memory_format=memory_format)  # type: ignore[call-overload]
-        if config.train.sync_bn:
+        if self.config.train.sync_bn:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network, self.replica_group)
-        ema = ModelEmaV3(network, decay=config.train.ema_decay) if config.train.ema_decay else None
-        if config.precision.compile:
+        return network
+
+    def _shared_trunk(self, outline: _Outline) -> nn.Module | None:
+        if outline.trunk is None:
+            return None
+        trunk, _ = cut(self._network(0), outline.trunk)
+        below = {name: path for name, path in outline.taps.items() if _has(trunk, path)}
+        self._trunk_taps = Taps(trunk, below, {})
+        if self.config.precision.compile:
+            trunk.compile()
+        return trunk
+
+    def _resident(self, index: int, outline: _Outline) -> Resident:
+        with initialisation(self.config.seed, self.placement.num_peers + 1 + index):
+            head = self.method.head(outline.info)
+        network = self._network(index)
+        whole = network
+        if self.trunk is not None and outline.trunk is not None:
+            _, network = cut(network, outline.trunk)
+            whole = Joined(self.trunk, network)
+        ema = ModelEmaV3(whole, decay=self.config.train.ema_decay) if self.config.train.ema_decay else None
+        above = {name: path for name, path in outline.taps.items() if _has(network, path)}
+        taps = Taps(network, above, outline.inputs) if outline.inputs else None
+        if self.config.precision.compile:
             network.compile()
-        peer = Peer(network, head and head.to(self.device), self.method.signals)
-        optimizer = make_optimizer(peer, config.optimizer)
-        schedule = self._schedule(optimizer, steps_per_epoch)
+        peer = Peer(network, head and head.to(self.device), taps, self.method.signals)
         return Resident(
             index=index,
-            name=config.cohort[index][0],
+            name=self.config.cohort[index][0],
             peer=peer,
+            whole=whole,
             wrapped=_average_gradients(peer, self.replica_group, self.device),
-            optimizer=optimizer,
-            schedule=schedule,
+            optimizer=self._optimizer(peer),
             ema=ema,
         )
 
-    def _schedule(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
-        schedule = make_schedule(optimizer, self.config.schedule, self.config.train.epochs, steps_per_epoch)
+    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(module, self.config.optimizer)
+        schedule = make_schedule(optimizer, self.config.schedule, self.config.train.epochs, self._steps_per_epoch)
         self._schedules.append(schedule)
-        return schedule
+        return optimizer
 
-    def forward(self, images: Tensor, step: int, micro: int, peers: Sequence[int]) -> Mapping[int, Signals]:
-        """The live signals of those of `peers` that live here, for this rank's rows. images [N, channels, H, W]."""
+    def _averaged_over_all(self, module: nn.Module) -> nn.Module:
+        learns = any(p.requires_grad for p in module.parameters())
+        return _average_gradients(module, dist.group.WORLD, self.device) if learns else module
+
+    @property
+    def views(self) -> Sequence[int]:
+        """The augmentations of an image that this rank's peers see."""
+        return self.placement.residents if self.config.data.views == "per_peer" else (0,)
+
+    def forward(self, batch: Batch, step: int, micro: int, peers: Sequence[int]) -> Mapping[int, Signals]:
+        """The live signals of those of `peers` that live here, for this rank's rows, each on the view that it sees."""
+        views = dict(zip(self.placement.residents, itertools.cycle(batch.views), strict=False))
+        here = [index for index in peers if index in self.residents]
         signals: dict[int, Signals] = {}
-        for index in peers:
-            if index not in self.residents:
-                continue
-            before_forward(self.config.seed, index, step, micro, self.placement.replica, self.device)
-            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                signals[index] = self.residents[index].wrapped(images)
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            below = self._run_trunk({k: views[k] for k in here}, step, micro)
+            for index in here:
+                before_forward(self.config.seed, index, step, micro, self.placement.replica, self.device)
+                images, maps = below.get(index, (views[index], None))
+                signals[index] = self.residents[index].wrapped(images, maps)
         return signals
+
+    def _run_trunk(
+        self, views: Mapping[int, Tensor], step: int, micro: int
+    ) -> dict[int, tuple[Tensor, dict[str, Tensor]]]:
+        """The trunk's map and tapped maps for each peer: one forward pass for each view.
+
+        BatchNorm statistics follow the mean of the views, as they do where each view is seen on another rank.
+        """
+        if self.trunk is None or self.wrapped_trunk is None:
+            return {}
+        # Averaged over the world, the gradients of the groups' peers would count as one group's.
+        factor = self.placement.groups / (self.placement.num_peers if self.method.trunk_gradient == "mean" else 1)
+        before, after = _flat(self._trunk_buffers), []
+        runs: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        for index, images in views.items():
+            if id(images) in runs:
+                continue
+            _fill(self._trunk_buffers, before)
+            stream = self.placement.num_peers + 1 + (index if self.config.data.views == "per_peer" else 0)
+            before_forward(self.config.seed, stream, step, micro, self.placement.replica, self.device)
+            runs[id(images)] = self.wrapped_trunk(images), self._trunk_taps.take()
+            after.append(_flat(self._trunk_buffers))
+        _fill(self._trunk_buffers, torch.stack(after).mean(0))
+        for counter in self._trunk_counters:
+            counter -= len(runs) - 1  # one step, however many views
+        self._trunk_maps = {k: runs[id(images)][0] for k, images in views.items()}
+        return {
+            k: (
+                scale_gradient(runs[id(images)][0], factor),
+                {name: scale_gradient(x, factor) for name, x in runs[id(images)][1].items()},
+            )
+            for k, images in views.items()
+        }
 
     def objective(
         self, learners: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress, micro: int
@@ -174,13 +269,17 @@ class Cohort:
             return {}
         shared = self.placement.num_peers
         before_forward(self.config.seed, shared, progress.step, micro, self.placement.replica, self.device)
-        return self.wrapped_method(learners, signals, targets, progress)
+        seen = [
+            {**peer, "trunk": self._trunk_maps[k].float()} if k in self._trunk_maps else peer
+            for k, peer in enumerate(signals)
+        ]
+        return self.wrapped_method(learners, seen, targets, progress)
 
     @contextlib.contextmanager
     def gradients_stay_here(self, stay: bool) -> Iterator[None]:
         """Gradients of all but the last micro-batch are added up on the rank before they are averaged once."""
         with contextlib.ExitStack() as stack:
-            for module in (*(r.wrapped for r in self.residents.values()), self.wrapped_method):
+            for module in (*(r.wrapped for r in self.residents.values()), self.wrapped_method, self.wrapped_trunk):
                 if stay and isinstance(module, DistributedDataParallel):
                     stack.enter_context(module.no_sync())
             yield
@@ -207,26 +306,51 @@ class Cohort:
         """The residents' plain networks, or their moving averages."""
         if ema:
             return {k: r.ema.module for k, r in self.residents.items() if r.ema is not None}
-        return {k: r.peer.network for k, r in self.residents.items()}
+        return {k: r.whole for k, r in self.residents.items()}
 
     def average_buffers(self) -> None:
         """BatchNorm statistics over all rows: one all-reduce of their mean in each replica group.
 
         Each rank's statistics are linear in its batches, so averaging now and going on is the same as averaging later.
         """
-        if self.replica_group.size() == 1 or not self._buffers:
-            return
-        flat = _flat(self._buffers)
-        dist.all_reduce(flat, group=self.replica_group)
-        _fill(self._buffers, flat / self.replica_group.size())
+        for buffers, group in ((self._averaged_buffers, self.replica_group), (self._trunk_buffers, dist.group.WORLD)):
+            if buffers and group is not None and group.size() > 1:
+                flat = _flat(buffers)
+                dist.all_reduce(flat, group=group)
+                _fill(buffers, flat / group.size())
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """Of one peer: what the method may know, and the submodules to tap and to cut after."""
+
+    info: PeerInfo
+    taps: Mapping[str, str]
+    inputs: Mapping[str, str]
+    trunk: str | None
+
+
+def _has(network: nn.Module, path: str) -> bool:
+    """Whether a part of a cut network has the submodule itself, not what was put in its place."""
+    try:
+        return not isinstance(network.get_submodule(path), nn.Identity)
+    except AttributeError:
+        return False
+
+
+def _floats(modules: Sequence[nn.Module]) -> list[Tensor]:
+    # .data: autograd has BatchNorm's statistics among what it keeps, and would take a later write for a mistake.
+    return [b.data for module in modules for b in module.buffers() if b.is_floating_point()]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     # Hundreds of small tensors in one piece: a few kernels instead of one for each.
-    return torch.cat([x.reshape(-1) for x in tensors])
+    return torch.cat([x.reshape(-1) for x in tensors]) if tensors else torch.empty(0)
 
 
 def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    if not tensors:
+        return
     pieces = flat.split([x.numel() for x in tensors])
     torch._foreach_copy_(list(tensors), [piece.view_as(x) for piece, x in zip(pieces, tensors, strict=True)])
 

@@ -49,6 +49,11 @@ class PeerConfig(_Section):
         description="name in logs and files; made from the network if absent",
     )
     options: dict[str, Any] = Field({}, description="arguments of the network, such as width or drop_path_rate")
+    pretrained: bool | str = Field(
+        False,
+        description="true: start from the weights that timm or torchvision publish, which downloads them; or the path "
+        "of a file of weights (.safetensors, .pt, .pth)",
+    )
 
 
 class OptimizerConfig(_Section):
@@ -204,13 +209,20 @@ class RunConfig(_Section):
             raise ValueError(f"peers: name {twice[0]!r} is used twice; expected a different name for each peer")
         for index, peer in enumerate(self.peers):
             try:
-                models.check(peer.network, peer.options)
+                models.check(peer.network, peer.options, pretrained=peer.pretrained)
             except ValueError as error:
                 raise ValueError(f"peers.{index}: {error}") from None
         try:
             METHODS[self.method.name].check(self.method, len(names))
         except ValueError as error:
             raise ValueError(f"method.name = {self.method.name}: {error}") from None
+        if METHODS[self.method.name].trunk(self.method, 3) is not None:
+            kinds = {(peer.network, repr(peer.options)) for peer in self.peers}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"peers: {self.method.name} shares a trunk between peers of one network; found "
+                    f"{', '.join(sorted(network for network, _ in kinds))}"
+                )
         in_turn = len(METHODS[self.method.name].turns(self.method, len(names))) > 1
         if in_turn and self.precision.amp == "fp16":
             raise ValueError(

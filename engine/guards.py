@@ -35,7 +35,7 @@ def check_same_weights(cohort: Cohort, step: int) -> None:
     for resident in cohort.residents.values():
         if not _equal(_checksum(resident.peer), cohort.replica_group):
             raise RanksDisagreeError(f"step {step}: replicas of {resident.name} hold different weights")
-    if cohort.shared_optimizer is not None and not _equal(_checksum(cohort.method), dist.group.WORLD):
+    if cohort.shared_optimizer is not None and not _equal(_checksum(cohort.shared), dist.group.WORLD):
         raise RanksDisagreeError(f"step {step}: the modules that all peers share differ between ranks")
 
 

@@ -37,7 +37,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         with cohort.gradients_stay_here(not last):
-            own = dict(cohort.forward(batch.images, progress.step, micro, everybody))
+            own = dict(cohort.forward(batch, progress.step, micro, everybody))
             clock.mark("forward")
             for turn in cohort.turns:
                 learners = [k for k in turn if k in cohort.residents]
@@ -58,7 +58,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
                     clock.mark("optimizer")
                 if turn is not cohort.turns[-1]:
                     with torch.no_grad():
-                        own |= cohort.forward(batch.images, progress.step, micro, turn)
+                        own |= cohort.forward(batch, progress.step, micro, turn)
                     clock.mark("forward")
 
     cohort.restore_buffers(skipped)
@@ -75,7 +75,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
     )
     for resident in cohort.residents.values():
         if resident.ema is not None:
-            resident.ema.update(resident.peer.network)
+            resident.ema.update(resident.whole)
     clock.mark("optimizer")
     return total, skipped
 
@@ -85,7 +85,7 @@ def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> Tensor:
     residents = [cohort.residents[k] for k in learners]
     modules: list[tuple[nn.Module, torch.optim.Optimizer]] = [(r.peer, r.optimizer) for r in residents]
     if cohort.shared_optimizer:
-        modules.append((cohort.method, cohort.shared_optimizer))
+        modules.append((cohort.shared, cohort.shared_optimizer))
     norms = [gradient_norm(module.parameters()) for module, _ in modules]
     losses = [term for (k, _), term in total.items() if k is None or k in learners]
     skip = 1 - torch.isfinite(torch.stack([cohort.nothing, *losses, *norms])).all().float().reshape(1)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipelines import Batch, DataError, Pipeline, open_pipeline
+from data_pipelines import DataError, Pipeline, open_pipeline
 from engine import checkpoint
 from engine.checkpoint import Best, CheckpointError, Manifest
 from engine.cohort import Cohort
@@ -86,6 +86,9 @@ def _move_aside(config: RunConfig) -> None:
 
 
 def _set_precision(config: RunConfig, device: torch.device) -> None:
+    if config.precision.compile:
+        # The limit counts all modules that are compiled in place, in training and in evaluation.
+        torch._dynamo.config.recompile_limit = 16 * len(config.peers)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = config.precision.tf32
@@ -105,6 +108,7 @@ class _Run:
             device,
             num_classes=pipeline.num_classes,
             channels=pipeline.channels,
+            image_size=pipeline.image_size,
             steps_per_epoch=self.steps_per_epoch,
         )
         self.meter = Meter(placement, device)
@@ -149,22 +153,18 @@ class _Run:
     def to_the_end(self) -> None:
         while self.step < self.steps:
             epoch, done = divmod(self.step, self.steps_per_epoch)
-            for batch in self.pipeline.train(epoch, done, self.placement.rows(self.config.data.global_batch)):
+            rows = self.placement.rows(self.config.data.global_batch)
+            for batch in self.pipeline.train(epoch, done, rows, self.cohort.views):
                 self.clock.mark("data")
                 progress = Progress(self.step, self.steps_per_epoch, self.config.train.epochs)
-                terms, skipped = train_step(self.cohort, self._micro_batches(batch), progress, self.clock)
+                terms, skipped = train_step(
+                    self.cohort, batch.split(self.config.train.accumulation), progress, self.clock
+                )
                 self.meter.add(terms, skipped)
                 self.step += 1
                 if self.tracker:
                     self.tracker.progress(self.step)
                 self._report_and_save(batch.ids)
-
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        parts = self.config.train.accumulation
-        if parts == 1:
-            return [batch]
-        pieces = zip(batch.images.chunk(parts), batch.targets.chunk(parts), batch.ids.chunk(parts), strict=True)
-        return [Batch(*piece) for piece in pieces]
 
     def _report_and_save(self, ids: Tensor) -> None:
         """What is due after a step, in the order in which a kill between two of them loses nothing: a checkpoint comes

@@ -107,7 +107,7 @@ def rows(options: argparse.Namespace, device: torch.device) -> Batch:
     images = torch.randn(options.batch, 3, options.size, options.size, generator=generator)
     targets = torch.randint(CLASSES, (options.batch,), generator=generator)
     images = images.to(device, memory_format=torch.channels_last)
-    return Batch(images, targets.to(device), torch.arange(options.batch, device=device))
+    return Batch((images,), targets.to(device), torch.arange(options.batch, device=device))
 
 
 def engine_step(options: argparse.Namespace, method: str, device: torch.device, launch: Launch) -> Callable[[], object]:
@@ -124,10 +124,10 @@ def engine_step(options: argparse.Namespace, method: str, device: torch.device, 
         }
     )
     placement = plan(config, launch.world, launch.rank)
-    cohort = Cohort(config, placement, device, num_classes=CLASSES, channels=3, steps_per_epoch=1000)
+    cohort = Cohort(config, placement, device, num_classes=CLASSES, channels=3, image_size=options.size, steps_per_epoch=1000)
     batch = rows(options, device)
     share = placement.rows(options.batch)
-    batch = Batch(batch.images[share], batch.targets[share], batch.ids[share])
+    batch = Batch((batch.images[share],), batch.targets[share], batch.ids[share])
     meter, clock = Meter(placement, device), Clock(device)
     count = iter(range(1 << 62))
 

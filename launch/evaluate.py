@@ -47,6 +47,7 @@ def main() -> None:
             device,
             num_classes=pipeline.num_classes,
             channels=pipeline.channels,
+            image_size=pipeline.image_size,
             steps_per_epoch=pipeline.steps_per_epoch,
         )
         checkpoint.load(options.run, manifest, cohort)

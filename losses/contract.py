@@ -39,6 +39,13 @@ class PeerInfo:
     num_classes: int
     num_features: int
     """Width of `features`, the pooled vector that enters the peer's classifier."""
+    stages: Sequence[tuple[int, int]]
+    """(channels, side in pixels) of the feature map of each stage 1 .. S."""
+    auxiliary: Callable[[int, str], nn.Module]
+    """Builds an auxiliary classifier with weights of its own that goes on after stage j: the map of stage j ->
+    {`logits` [N, C], `features` [N, D]}. The second argument names the design, see `models.heads.auxiliary`."""
+    projection: Callable[[int, int], nn.Module]
+    """Builds an embedding head [N, inputs] -> [N, outputs], rows of unit length, see `models.heads.Projection`."""
 
 
 class Progress(NamedTuple):
@@ -81,7 +88,8 @@ class Method(nn.Module, ABC):
     name: ClassVar[str]
     Options: ClassVar[type[MethodOptions]]
     signals: ClassVar[tuple[str, ...]] = ("logits",)
-    """What the peers show each other. Known to every peer: `logits` [N, C] and `features` [N, D]; a head adds more."""
+    """What the peers show each other. Known to every peer: `logits` [N, C], `features` [N, D] and the tapped maps
+    `stage1` ...; a head adds more."""
     exchange: ClassVar[Literal["none", "detached", "differentiable"]] = "detached"
     """Whether signals of other peers come without gradient or carry it back to their owner; `none` sends nothing. Where
     they carry it, the terms of a rank are its share of the objective, and all ranks' shares must use all signals."""
@@ -99,8 +107,25 @@ class Method(nn.Module, ABC):
             ValueError: with what was found and what the method needs.
         """
 
+    @classmethod
+    def taps(cls, options: Any, num_stages: int) -> Sequence[int]:
+        """The stages, 1 .. S, whose feature maps `stage1` ... are shown to a peer's head."""
+        return ()
+
+    @classmethod
+    def trunk(cls, options: Any, num_stages: int) -> int | None:
+        """The last stage that all peers share, if they share any: peers are then branches of one network.
+
+        The trunk's map is there for the residents as `trunk` [N, channels, side, side]; it is not exchanged.
+        """
+        return None
+
+    trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"
+    """Whether the shared trunk follows the sum of the peers' gradients or their mean."""
+
     def head(self, peer: PeerInfo) -> nn.Module | None:
-        """Builds what is attached to one peer and left behind at export: {`logits`, `features`} -> further signals."""
+        """Builds what is attached to one peer and left behind at export: {`logits`, `features`, maps} -> further
+        signals."""
         return None
 
     @classmethod

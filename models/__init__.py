@@ -1,6 +1,6 @@
 """The networks: what they are called, how they are built, and where their pooled features are."""
 
-from models.errors import UnknownNetwork
+from models.errors import UnknownNetwork, WeightsError
 from models.exported import ExportError, load_network, same_outputs, save_network
 from models.features import parameter_count, pooled_features
 from models.registry import check, create, names
@@ -8,6 +8,7 @@ from models.registry import check, create, names
 __all__ = [
     "ExportError",
     "UnknownNetwork",
+    "WeightsError",
     "check",
     "create",
     "load_network",

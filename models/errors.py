@@ -10,6 +10,10 @@ class UnknownNetwork(ValueError):  # noqa: N818 - the name is part of the public
     """A network's name that no family and no library knows, or that asks for an impossible depth."""
 
 
+class WeightsError(ValueError):
+    """Pre-trained weights that cannot be had, or that belong to another network."""
+
+
 def nearest_choices(choices: Iterable[str]) -> str:
     """`; nearest: a, b`, or nothing where there is no choice near enough."""
     listed = ", ".join(choices)
@@ -23,14 +27,14 @@ def unknown_option(option: str, valid: Iterable[str]) -> ValueError:
     return ValueError(f"unknown option {option!r}{nearest}; valid: {', '.join(valid) or 'none'}")
 
 
-def blocks_per_stage(depth: int, layers: int) -> int:
-    """The n of a depth 6n + `layers`: blocks in each of three stages of two-convolution blocks.
+def blocks_per_stage(depth: int, layers: int, step: int = 6) -> int:
+    """The n of a depth `step` n + `layers`: blocks in each of three stages of blocks of `step` / 3 convolutions.
 
     Raises:
         UnknownNetwork: the depth has no such n >= 1; names the nearest depths that have.
     """
-    blocks, remainder = divmod(depth - layers, 6)
+    blocks, remainder = divmod(depth - layers, step)
     if blocks >= 1 and remainder == 0:
         return blocks
-    nearest = sorted({6 * max(n, 1) + layers for n in (blocks, blocks + 1)})
-    raise UnknownNetwork(f"depth {depth} is not 6n+{layers} with n >= 1{nearest_choices(str(d) for d in nearest)}")
+    nearest = sorted({step * max(n, 1) + layers for n in (blocks, blocks + 1)})
+    raise UnknownNetwork(f"depth {depth} is not {step}n+{layers} with n >= 1{nearest_choices(str(d) for d in nearest)}")

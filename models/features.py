@@ -16,8 +16,9 @@ def parameter_count(network: nn.Module) -> int:
 def pooled_features(network: nn.Module) -> tuple[str, int]:
     """Where the pooled feature [n, D] of a network is: it is the input of the classifier.
 
-    It is found inside what timm's `get_classifier()` gives where the network has that, and else in the whole network:
-    the last `nn.Linear` with `network.num_classes` outputs.
+    A network of ours may name the module that it goes into, such as a classifier of several layers, in
+    `network.pooled`. Else it is found inside what timm's `get_classifier()` gives where the network has that, and else
+    in the whole network: the last `nn.Linear` with `network.num_classes` outputs.
 
     Args:
         network: a network from `create`, or any module with one linear classifier at its end.
@@ -28,6 +29,10 @@ def pooled_features(network: nn.Module) -> tuple[str, int]:
     Raises:
         ValueError: the network's classifier is not linear, or there are several.
     """
+    own = getattr(network, "pooled", None)
+    if isinstance(own, str):
+        first = next(module for module in network.get_submodule(own).modules() if isinstance(module, nn.Linear))
+        return own, first.in_features
     head: Any = network
     if hasattr(network, "get_classifier"):
         head = cast("Callable[[], Any]", network.get_classifier)()

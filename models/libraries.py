@@ -1,4 +1,4 @@
-"""timm and torchvision behind one interface: what networks they have, and building one without its weights.
+"""timm and torchvision behind one interface: what networks they have, building one, and where its weights are.
 
 Both are imported when first needed, so that importing our own networks stays quick.
 """
@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models.errors import UnknownNetwork, nearest_choices, unknown_option
+from models.errors import UnknownNetwork, WeightsError, nearest_choices, unknown_option
+from models.pretrained import Published
 from models.weightless import weightless
 
 # What `create` decides or what would fetch or load weights, so no option of a network.
@@ -30,7 +31,7 @@ _RESERVED = {
         "device",
         "dtype",
     },
-    "torchvision": {"num_classes", "weights", "progress", "aux_logits", "transform_input"},
+    "torchvision": {"num_classes", "weights", "progress", "aux_logits"},
 }
 
 # Torchvision's builder of this class takes these itself.
@@ -99,6 +100,53 @@ def build_from_library(
     return network
 
 
+def published_by_library(library: str, name: str, in_channels: int, options: Mapping[str, Any]) -> Published:
+    """Where the weights are that the library publishes of a network that `is_known`.
+
+    Raises:
+        WeightsError: there are none, or none for such images.
+    """
+    if library == "torchvision":
+        expects_transform(name, in_channels, options)
+        if in_channels != 3:
+            raise WeightsError(f"pretrained: true; its weights are for images of 3 channels, not {in_channels}")
+        return Published(lambda network: torchvision_weights(name))
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise WeightsError("pretrained: true; timm has no weights of it; expected false or the path of a file")
+
+    def fetch(_: nn.Module) -> Mapping[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            # With its own number of classes, so that a classifier that does not fit is seen.
+            network = timm.create_model(name, pretrained=True, in_chans=in_channels, **options)
+        return cast("Mapping[str, Tensor]", network.state_dict())
+
+    return Published(fetch)
+
+
+def torchvision_weights(name: str, weights: str = "DEFAULT") -> Mapping[str, Tensor]:
+    """Downloads the weights of one of torchvision's networks."""
+    from torchvision import models
+
+    with torch.random.fork_rng(devices=[]):
+        network: nn.Module = models.get_model(name, weights=weights, progress=False)
+    return network.state_dict()
+
+
+def expects_transform(name: str, in_channels: int, options: Mapping[str, Any]) -> None:
+    """Raise a WeightsError where torchvision's weights need an option that rescales the images, and it is not set.
+
+    It is an option, and not set with the weights, because a network that is trained on has to be built with it again.
+    """
+    if name in ("googlenet", "inception_v3") and not options.get("transform_input"):
+        channels = "" if in_channels == 3 else ", which is for images of 3 channels"
+        raise WeightsError(
+            f"pretrained: true; its weights expect rescaled images, and so the option transform_input: true{channels}"
+        )
+
+
 def _from_timm(name: str, num_classes: int, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
     import timm
 
@@ -109,6 +157,8 @@ def _from_timm(name: str, num_classes: int, in_channels: int, options: Mapping[s
 def _from_torchvision(name: str, num_classes: int, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
     from torchvision import models
 
+    if options.get("transform_input") and in_channels != 3:
+        raise ValueError(f"option 'transform_input' is for images of 3 channels, not {in_channels}")
     if name in ("googlenet", "inception_v3"):
         # Left to themselves they return a tuple in training, and warn that the default of init_weights will change.
         options = {"aux_logits": False, "init_weights": True, **options}

@@ -13,7 +13,8 @@ def same(a: Batch, b: Batch) -> bool:
 
 def join(batches: list[Batch]) -> Batch:
     """Puts batches back together."""
-    return Batch(*(torch.cat([getattr(batch, key) for batch in batches]) for key in ("images", "targets", "ids")))
+    views = tuple(torch.cat(parts) for parts in zip(*(batch.views for batch in batches), strict=True))
+    return Batch(views, *(torch.cat([getattr(batch, key) for batch in batches]) for key in ("targets", "ids")))
 
 
 def assert_rows_do_not_depend_on_the_cut(pipeline: Pipeline) -> None:

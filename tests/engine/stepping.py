@@ -20,6 +20,7 @@ from losses import METHODS, Method, Progress
 
 CPU = torch.device("cpu")
 CLASSES = 10
+IMAGE_SIZE = 16
 STEPS_PER_EPOCH = 5
 
 
@@ -48,16 +49,24 @@ def cohort_of(config: RunConfig, channels: int = 1, method: type[Method] | None 
     if method is not None:
         METHODS[method.name] = method
     placement = plan(config, dist.get_world_size(), dist.get_rank())
-    return Cohort(config, placement, CPU, num_classes=CLASSES, channels=channels, steps_per_epoch=STEPS_PER_EPOCH)
+    return Cohort(
+        config,
+        placement,
+        CPU,
+        num_classes=CLASSES,
+        channels=channels,
+        image_size=IMAGE_SIZE,
+        steps_per_epoch=STEPS_PER_EPOCH,
+    )
 
 
-def global_batch(config: RunConfig, step: int, channels: int = 1, size: int = 16) -> Batch:
+def global_batch(config: RunConfig, step: int, channels: int = 1, size: int = IMAGE_SIZE) -> Batch:
     """The same on every rank: noise around a pattern of the class, so that there is something to learn."""
     n, generator = config.data.global_batch, torch.Generator().manual_seed(1000 + step)
     targets = torch.randint(CLASSES, (n,), generator=generator)
     patterns = torch.randn(CLASSES, channels, size, size, generator=torch.Generator().manual_seed(7))
     images = patterns[targets] + 0.5 * torch.randn(n, channels, size, size, generator=generator)
-    return Batch(images.contiguous(memory_format=torch.channels_last), targets, torch.arange(n))
+    return Batch((images.contiguous(memory_format=torch.channels_last),), targets, torch.arange(n))
 
 
 Spoil = Callable[[int, int, Tensor], None]
@@ -71,12 +80,12 @@ def batches(
     for step in steps:
         rows = cohort.placement.rows(cohort.config.data.global_batch)
         whole = global_batch(cohort.config, step, channels)
-        mine = Batch(whole.images[rows].clone(), whole.targets[rows], whole.ids[rows])
+        # The views differ by a shift of their brightness, as little as is enough to tell them apart.
+        views = tuple(whole.images[rows] + 0.1 * view for view in cohort.views)
+        mine = Batch(views, whole.targets[rows], whole.ids[rows])
         if spoil:
             spoil(step, dist.get_rank(), mine.images)
-        parts = cohort.config.train.accumulation
-        pieces = zip(mine.images.chunk(parts), mine.targets.chunk(parts), mine.ids.chunk(parts), strict=True)
-        yield step, [Batch(*piece) for piece in pieces]
+        yield step, mine.split(cohort.config.train.accumulation)
 
 
 def do_steps(cohort: Cohort, steps: Sequence[int], channels: int = 1, spoil: Spoil | None = None) -> list[Any]:

@@ -70,7 +70,7 @@ def flip_a_bit(folder: Path) -> None:
 
 
 def name_a_file_outside(folder: Path) -> None:
-    (folder.parent / "escape").write_bytes((folder / "method.pt").read_bytes())
+    (folder.parent / "escape").write_bytes((folder / "shared.pt").read_bytes())
     edit(folder / "manifest.json", lambda raw: raw["files"].update({"../escape": digest(folder.parent / "escape")}))
 
 
@@ -78,7 +78,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "peer_cut_short": (cut_short, f"{{at}}/{PEER}: cut short or altered: {{size}} bytes expected, {{less}} found"),
     "bit_flipped": (flip_a_bit, f"{{at}}/{PEER}: altered: its SHA-256 is not the one in the manifest"),
     "peer_missing": (lambda at: (at / PEER).unlink(), f"{{at}}/{PEER}: missing"),
-    "shared_missing": (lambda at: (at / "method.pt").unlink(), "{at}/method.pt: missing"),
+    "shared_missing": (lambda at: (at / "shared.pt").unlink(), "{at}/shared.pt: missing"),
     "manifest_missing": (
         lambda at: (at / "manifest.json").unlink(),
         "{at}/manifest.json: missing; the checkpoint was not finished",

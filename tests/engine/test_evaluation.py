@@ -58,7 +58,7 @@ class Repeats(Cut):
     def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
         for rows in super().evaluate(part, parts, batch):
             ids = torch.where(rows.ids == 1, 0, rows.ids)
-            yield Batch(rows.images, rows.targets, ids)
+            yield Batch(rows.views, rows.targets, ids)
 
 
 class Loses(Cut):
@@ -66,7 +66,7 @@ class Loses(Cut):
 
     def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
         for rows in super().evaluate(part, parts, batch):
-            yield Batch(rows.images[:-1], rows.targets[:-1], rows.ids[:-1])
+            yield Batch((rows.images[:-1],), rows.targets[:-1], rows.ids[:-1])
 
 
 def scored(peers: list[nn.Module], peers_per_rank: int, pipeline: Any, batches: list[int]) -> list[Scores]:

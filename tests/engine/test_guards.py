@@ -33,7 +33,7 @@ def _weights(config: RunConfig, damaged_rank: int | None) -> bool:
 
 def _cohort(config: RunConfig) -> Cohort:
     placement = plan(config, dist.get_world_size(), dist.get_rank())
-    return Cohort(config, placement, torch.device("cpu"), num_classes=10, channels=1, steps_per_epoch=5)
+    return Cohort(config, placement, torch.device("cpu"), num_classes=10, channels=1, image_size=28, steps_per_epoch=5)
 
 
 def _raises(check: object) -> bool:

@@ -60,7 +60,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     ),
     "misspelt_key_of_a_peer": (
         "peers.0.netwrk=x",
-        "peers.0.netwrk = 'x': unknown key; did you mean 'network'?; peers.0 has: copies, name, network, options",
+        "peers.0.netwrk = 'x': unknown key; did you mean 'network'?; peers.0 has: copies, name, network, options, pretrained",
     ),
     "key_below_a_value": ("train.epochs.x=3", "train.epochs.x: train.epochs = 2 has no keys below it"),
     "base_as_override": (
@@ -243,7 +243,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "misspelt_data_key": (
         "data.paddng=3",
         "data.paddng = 3: unknown key; did you mean 'padding'?; data has: crop_area, crop_ratio, dataset, decoder, "
-        "flip, global_batch, image_size, mean, padding, padding_mode, resize, root, std, threads",
+        "flip, global_batch, image_size, mean, padding, padding_mode, resize, root, std, threads, views",
     ),
     "padding_too_wide": ("data.padding=28", "data.padding: expected less than the image's 28 pixels, found 28"),
     # The command line.

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from losses import METHODS, PeerInfo, Progress
+from losses import METHODS, Progress
+from tests.losses.peers import peers as alike
 
 PROGRESS = Progress(step=3, steps_per_epoch=10, epochs=2)
 N, C = 6, 7
@@ -17,7 +18,7 @@ N, C = 6, 7
 
 def dml(peers: int, **options: Any):
     cls = METHODS["dml"]
-    return cls(cls.Options(**options), [PeerInfo(k, C, 8) for k in range(peers)])
+    return cls(cls.Options(**options), alike(peers, C))
 
 
 def draw(peers: int, std: float = 2.0, n: int = N, c: int = C, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from losses import METHODS, PeerInfo, Progress
+from losses import METHODS, Progress
+from tests.losses.peers import peers as alike
 
 PROGRESS = Progress(step=3, steps_per_epoch=10, epochs=2)
 
 
 def independent(peers: int):
     cls = METHODS["independent"]
-    return cls(cls.Options(name="independent"), [PeerInfo(k, 4, 8) for k in range(peers)])
+    return cls(cls.Options(name="independent"), alike(peers, 4))
 
 
 def test_each_resident_has_its_own_cross_entropy_and_nothing_else() -> None:

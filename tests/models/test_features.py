@@ -16,6 +16,8 @@ from models import create, parameter_count, pooled_features
     [
         ("cifar_resnet8_a", 32, ("fc", 64)),
         ("cifar_wrn_10_2", 28, ("fc", 128)),
+        ("cifar_vgg16", 32, ("classifier", 512)),
+        ("cifar_stem_efficientnet_b3", 32, ("classifier", 1536)),
         ("timm/resnet18", 64, ("fc", 512)),
         ("timm/mobilenetv2_100", 64, ("classifier", 1280)),
         ("timm/vit_tiny_patch16_224", 224, ("head", 192)),

@@ -1,0 +1,152 @@
+"""Pre-trained weights: a library's, which are downloaded, or a file's.
+
+Only a classifier may differ, and only in its number of classes: it stays as it was initialised and all else is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import safetensors
+import torch
+from safetensors.torch import load_file as read_safetensors
+from torch import Tensor, nn
+
+from models.errors import WeightsError
+
+Pretrained: TypeAlias = bool | str
+"""False for none, True for the library's, or the path of a file."""
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that a library publishes."""
+
+    fetch: Callable[[nn.Module], Mapping[str, Tensor]]
+    """Downloads them; takes the network that they are for."""
+    fresh: Collection[str] = ()
+    """Tensors of the network that they have nothing for and that stay at random."""
+
+
+def check_value(pretrained: object) -> None:
+    """Raise a ValueError for a value that is neither a bool nor a path."""
+    if isinstance(pretrained, bool):
+        return
+    if not isinstance(pretrained, str) or not pretrained.endswith(SUFFIXES):
+        raise ValueError(
+            f"pretrained {pretrained!r}; expected true, false or the path of a file that ends in {', '.join(SUFFIXES)}"
+        )
+
+
+def load_published(network: nn.Module, published: Published) -> None:
+    """Downloads a network's weights into it.
+
+    Raises:
+        WeightsError: they did not arrive; says how to do without a download. Or they do not fit.
+    """
+    try:
+        state = published.fetch(network)
+    except Exception as error:  # urllib's, requests', httpx', the hub's own: whatever a download may fail with
+        first = str(error).strip().partition("\n")[0]
+        raise WeightsError(
+            f"pretrained: true; its weights cannot be downloaded: {type(error).__name__}: {first}; without a "
+            f"network, give `pretrained` the path of a file of its weights ({', '.join(SUFFIXES)})"
+        ) from error
+    _load(network, state, "the published weights", published.fresh)
+
+
+def load_file(network: nn.Module, path: str) -> None:
+    """Loads a file's weights into the network that they are of.
+
+    Raises:
+        WeightsError: the file cannot be read or its weights do not fit.
+    """
+    _load(network, _read(path), path)
+
+
+def check_file(network: nn.Module, path: str) -> None:
+    """Raises what `load_file` would raise; the network is only looked at."""
+    _fitting(network, _read(path), path, ())
+
+
+def _load(network: nn.Module, state: Mapping[str, Tensor], where: str, fresh: Collection[str] = ()) -> None:
+    fitting, left = _fitting(network, state, where, fresh)
+    network.load_state_dict(fitting, strict=False)
+    if left:
+        names = ", ".join(left)
+        _log.warning("%s from %s: %s stay at their random initialisation", type(network).__name__, where, names)
+
+
+def _read(path: str) -> Mapping[str, Tensor]:
+    if not Path(path).is_file():
+        raise WeightsError(f"pretrained {path!r}: there is no such file")
+    try:
+        state: Any
+        if path.endswith(".safetensors"):
+            state = read_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise _unreadable(path, error) from None
+    except safetensors.SafetensorError as error:
+        raise _unreadable(path, error) from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise WeightsError(f"pretrained {path!r}: holds no tensors by name; expected a network's state_dict")
+    return state
+
+
+def _unreadable(path: str, error: Exception) -> WeightsError:
+    return WeightsError(f"pretrained {path!r}: cannot be read: {str(error).partition(chr(10))[0]}")
+
+
+def _fitting(
+    network: nn.Module, state: Mapping[str, Tensor], where: str, fresh: Collection[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors to load, and the names of those that are left as they are."""
+    own = network.state_dict()
+    left = [name for name in own if name in fresh]
+    resized = [
+        f"{classifier}.{kind}"
+        for classifier in _classifiers(network)
+        for kind in ("weight", "bias")
+        if _differ_in_classes(own.get(f"{classifier}.{kind}"), state.get(f"{classifier}.{kind}"))
+    ]
+    wrong = [
+        f"{name} is {list(state[name].shape)} and should be {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and name not in (*left, *resized) and state[name].shape != tensor.shape
+    ]
+    # Batch norm counts its batches in files of newer versions of torch only.
+    expected = [name for name in own if name not in left and not name.endswith("num_batches_tracked")]
+    wrong += [f"{name} is missing" for name in expected if name not in state]
+    wrong += [f"{name} is no tensor of this network" for name in state if name not in own]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise WeightsError(f"pretrained: {where} belong to another network: {'; '.join(wrong[:3])}{more}")
+    left += resized
+    return {name: tensor for name, tensor in state.items() if name not in left}, left
+
+
+def _classifiers(network: nn.Module) -> list[str]:
+    """The names of the layers that give logits."""
+    config = getattr(network, "default_cfg", None)  # timm's
+    if isinstance(config, dict) and config.get("classifier"):
+        named = config["classifier"]
+        return [named] if isinstance(named, str) else list(named)
+    return [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1:]
+
+
+def _differ_in_classes(own: Tensor | None, given: Tensor | None) -> bool:
+    return own is not None and given is not None and own.shape[0] != given.shape[0] and own.shape[1:] == given.shape[1:]
