@@ -124,7 +124,9 @@ def engine_step(options: argparse.Namespace, method: str, device: torch.device, 
         }
     )
     placement = plan(config, launch.world, launch.rank)
-    cohort = Cohort(config, placement, device, num_classes=CLASSES, channels=3, image_size=options.size, steps_per_epoch=1000)
+    cohort = Cohort(
+        config, placement, device, num_classes=CLASSES, channels=3, image_size=options.size, steps_per_epoch=1000
+    )
     batch = rows(options, device)
     share = placement.rows(options.batch)
     batch = Batch((batch.images[share],), batch.targets[share], batch.ids[share])

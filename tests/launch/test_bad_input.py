@@ -60,7 +60,8 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     ),
     "misspelt_key_of_a_peer": (
         "peers.0.netwrk=x",
-        "peers.0.netwrk = 'x': unknown key; did you mean 'network'?; peers.0 has: copies, name, network, options, pretrained",
+        "peers.0.netwrk = 'x': unknown key; did you mean 'network'?; peers.0 has: "
+        "copies, name, network, options, pretrained",
     ),
     "key_below_a_value": ("train.epochs.x=3", "train.epochs.x: train.epochs = 2 has no keys below it"),
     "base_as_override": (
