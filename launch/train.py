@@ -1,6 +1,6 @@
 """Trains a cohort.
 
-Alone:                python launch/train.py configs/fashion_mnist/dml.yaml
+Alone:                python launch/train.py configs/fashion_mnist/dml_resnet32.yaml
 On 8 GPUs:            torchrun --nproc-per-node=8 launch/train.py configs/imagenet/dml_resnet50.yaml
 With other values:    ... train.epochs=10 optimizer.lr=0.05 peers.0.network=cifar_resnet32_b
 
