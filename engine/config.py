@@ -152,7 +152,7 @@ class LogConfig(_Section):
     """What is reported, where."""
 
     every_steps: int = Field(
-        50, ge=1, description="steps between lines of metrics; the host waits for the device there"
+        50, ge=1, description="steps of an epoch between lines of metrics; the host waits for the device there"
     )
     progress: bool = Field(True, description="a progress bar with the time that is left")
     wandb: Literal["disabled", "offline", "online"] = Field(
@@ -216,12 +216,24 @@ class RunConfig(_Section):
             METHODS[self.method.name].check(self.method, len(names))
         except ValueError as error:
             raise ValueError(f"method.name = {self.method.name}: {error}") from None
+        if METHODS[self.method.name].one_view and self.data.views != "shared":
+            raise ValueError(
+                f"data.views = {self.data.views}: {self.method.name} looks at what all peers share of one augmentation; "
+                "expected shared"
+            )
         if METHODS[self.method.name].trunk(self.method, 3) is not None:
             kinds = {(peer.network, repr(peer.options)) for peer in self.peers}
             if len(kinds) > 1:
                 raise ValueError(
                     f"peers: {self.method.name} shares a trunk between peers of one network; found "
                     f"{', '.join(sorted(network for network, _ in kinds))}"
+                )
+        if METHODS[self.method.name].alike:
+            found = {f"{peer.network} {peer.options}" if peer.options else peer.network for peer in self.peers}
+            if len(found) > 1:
+                raise ValueError(
+                    f"peers: {self.method.name} needs peers of one network with the same options; found "
+                    f"{', '.join(sorted(found))}"
                 )
         in_turn = len(METHODS[self.method.name].turns(self.method, len(names))) > 1
         if in_turn and self.precision.amp == "fp16":
@@ -466,7 +478,7 @@ def describe() -> str:
                 walk(inner, f"{prefix}{name}." + ("N." if inner is PeerConfig else ""))
             else:
                 default = "" if field.is_required() else f" = {'null' if field.default is None else field.default}"
-                lines.append(f"{prefix}{name}{default}\n    {field.description or model.__doc__}")
+                lines.append(f"{prefix}{name}{default}\n    {field.description or str(model.__doc__).partition(chr(10))[0]}")
 
     walk(RunConfig, "")
     return "\n".join(lines)

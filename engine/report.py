@@ -45,7 +45,11 @@ def table(runs: Sequence[Path]) -> str:
                     )
                 )
         if len(names) > 1:
-            notes.append(f"{config.name}: two peers disagree on {lines[-1]['val/disagreement']:.2f} % of the images")
+            mean = sum(lines[-1][f"val/{name}/top1"] for name in names) / len(names)
+            disagreement = lines[-1]["val/disagreement"]
+            notes.append(
+                f"{config.name}: the peers' mean top-1 is {mean:.2f} %; two peers disagree on {disagreement:.2f} %"
+            )
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines_out = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

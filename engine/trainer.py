@@ -176,7 +176,7 @@ class _Run:
         save |= config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0
         score = ends_run or (ends_epoch and epoch % config.evaluation.every_epochs == 0)
 
-        if not (save or score or ends_epoch or step % config.log.every_steps == 0):
+        if not (save or score or ends_epoch or within % config.log.every_steps == 0):
             return
         check_same_rows(self.cohort, ids, step)
         self._write_line()
