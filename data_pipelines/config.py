@@ -42,6 +42,12 @@ class DataConfig(BaseModel):
     views: Literal["shared", "per_peer"] = Field(
         default="shared", description="Whether all peers see one augmentation of an image, or each peer its own."
     )
+    held_out: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Part of the training samples that is never trained on, for methods that look at such samples.",
+    )
     mean: list[float] | None = Field(
         default=None, description="Mean of each channel, pixels in [0, 1]; null for the data set's published constants."
     )
@@ -127,6 +133,10 @@ class DataConfig(BaseModel):
     def folder(self) -> Path:
         """The folder of the data set, ~ expanded; the package's own for fashion_mnist_subset."""
         return _SUBSET if self.root is None else self.root.expanduser()
+
+    def held_out_of(self, size: int) -> int:
+        """The number of training samples that are held out of `size`."""
+        return int(self.held_out * size)
 
     @property
     def side(self) -> int:

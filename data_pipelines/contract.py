@@ -45,7 +45,8 @@ class Pipeline(ABC):
         num_classes: number of classes.
         channels: channels of an image.
         image_size: side of the square images, in pixels.
-        train_size: samples of the training split.
+        train_size: samples of the training split that are trained on.
+        held_out_size: samples of the training split that are not, see `DataConfig.held_out`.
         eval_size: samples of the validation split.
         class_names: the name of each class, or None where nobody names them.
         global_batch: samples of one step, over all ranks.
@@ -55,6 +56,7 @@ class Pipeline(ABC):
     channels: int
     image_size: int
     train_size: int
+    held_out_size: int
     eval_size: int
     class_names: tuple[str, ...] | None
     global_batch: int
@@ -86,6 +88,15 @@ class Pipeline(ABC):
             part: which part, from 0.
             parts: in how many parts the split is cut; see :func:`data_pipelines.order.part`.
             batch: samples of a batch; the last one may be smaller, and an empty part yields nothing.
+
+        Raises:
+            DataError: a file cannot be read or decoded.
+        """
+
+    @abstractmethod
+    def held_out(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
+        """Yields the training samples that are held out, as `evaluate` yields the validation split; `ids` are their
+        positions in the training split.
 
         Raises:
             DataError: a file cannot be read or decoded.

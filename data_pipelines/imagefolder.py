@@ -10,7 +10,7 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -50,15 +50,24 @@ def require_dali() -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What DALI is told of n photos: encoded bytes, and (height, width) pairs [n, 2] in pixels."""
+    """What DALI is told of V views of n photos: encoded bytes, and (height, width) pairs in pixels."""
 
     ids: NDArray[np.int64]
     encoded: list[NDArray[np.uint8]]
-    corners: NDArray[np.int64]  # of the window that is decoded
-    shapes: NDArray[np.int64]  # of that window
-    scaled: NDArray[np.int64]  # what the window is resized to
-    cuts: NDArray[np.int64]  # corner of the output in the resized window
-    flips: NDArray[np.int32]
+    corners: NDArray[np.int64]  # of the window that each view shows, [n, V, 2]
+    shapes: NDArray[np.int64]  # of that window, [n, V, 2]
+    scaled: NDArray[np.int64]  # what the windows are resized to, [n, 2]
+    cuts: NDArray[np.int64]  # corner of the output in the resized windows, [n, 2]
+    flips: NDArray[np.int32]  # [n, V]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a graph of DALI is built for."""
+
+    largest: int  # photos of a batch at most
+    views: int  # outputs of a photo
+    whole: bool  # whether a photo is decoded as a whole, once, and all windows are cut out of that
 
 
 class ImageFolder(Pipeline):
@@ -82,7 +91,10 @@ class ImageFolder(Pipeline):
         self.num_classes = len(self.class_names)
         self.channels = 3
         self.image_size = config.image_size
-        self.train_size, self.eval_size = len(self._train.listing.names), len(self._val.listing.names)
+        size = len(self._train.listing.names)
+        self.held_out_size, self.eval_size = config.held_out_of(size), len(self._val.listing.names)
+        self._trained_on, self._held_out = order.hold_out(seed, size, self.held_out_size)
+        self.train_size = len(self._trained_on)
         self.global_batch = config.global_batch
         self._config, self._seed, self._device = config, seed, device
         self._normalise = Normalise(*config.normalisation, config.image_size, device)
@@ -90,42 +102,56 @@ class ImageFolder(Pipeline):
 
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
-        shuffled = order.epoch_order(self._seed, epoch, self.train_size)
-        size = self.global_batch
+        shuffled = self._trained_on[order.epoch_order(self._seed, epoch, self.train_size)]
+        size, area, ratio = self.global_batch, self._config.crop_area, self._config.crop_ratio
 
         def prepare(step: int) -> _Work:
-            uniforms = order.augmentation(self._seed, epoch, step, size, windows.COLUMNS)
-            draws = windows.crop_draws(uniforms, self._config.crop_area, self._config.crop_ratio)[rows]
             ids = shuffled[step * size : (step + 1) * size][rows]
             encoded, sizes = self._train.read(ids)
-            corners, shapes = windows.crop_windows(draws, sizes, self._config.crop_ratio)
-            scaled = np.full_like(sizes, self.image_size)
-            return _Work(ids, encoded, corners, shapes, scaled, np.zeros_like(sizes), windows.flips(draws))
+            uniforms = (order.augmentation(self._seed, epoch, step, size, windows.COLUMNS, view) for view in views)
+            draws = [windows.crop_draws(each, area, ratio)[rows] for each in uniforms]
+            cropped = (windows.crop_windows(each, sizes, ratio) for each in draws)
+            corners, shapes = (np.stack(each, axis=1) for each in zip(*cropped, strict=True))
+            flips = np.stack([windows.flips(each) for each in draws], axis=1)
+            return _Work(ids, encoded, corners, shapes, np.full_like(sizes, self.image_size), 0 * sizes, flips)
 
         largest = len(range(*rows.indices(size)))
-        return self._batches(self._train, prepare, range(first_step, self.steps_per_epoch), largest)
+        # A photo of several views is decoded once, and then as a whole. A window is decoded without the colours beyond
+        # its edges, so a rank that asks for one view where others ask for more has to decode the whole as well.
+        whole = self._config.views == "per_peer"
+        plan = _Plan(largest, len(views), whole)
+        return self._batches(self._train, prepare, range(first_step, self.steps_per_epoch), plan)
 
     def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.evaluate`."""
-        mine = order.part(self.eval_size, part, parts)
+        return self._as_they_are(self._val, np.arange(self.eval_size), order.part(self.eval_size, part, parts), batch)
+
+    def held_out(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
+        """See :meth:`data_pipelines.contract.Pipeline.held_out`."""
+        mine = order.part(self.held_out_size, part, parts)
+        return self._as_they_are(self._train, self._held_out, mine, batch)
+
+    def _as_they_are(self, files: "_Files", samples: NDArray[np.int64], mine: range, batch: int) -> Iterator[Batch]:
+        """The samples at the places `mine`, in order, without augmentation."""
 
         def prepare(begin: int) -> _Work:
-            ids = np.arange(begin, min(begin + batch, mine.stop))
-            encoded, sizes = self._val.read(ids)
+            ids = samples[begin : min(begin + batch, mine.stop)]
+            encoded, sizes = files.read(ids)
             scaled, cuts = windows.validation_windows(sizes, self._config.resize, self.image_size)
-            return _Work(ids, encoded, np.zeros_like(sizes), sizes, scaled, cuts, np.zeros(len(ids), np.int32))
+            corners, shapes, flips = 0 * sizes[:, None], sizes[:, None], np.zeros((len(ids), 1), np.int32)
+            return _Work(ids, encoded, corners, shapes, scaled, cuts, flips)
 
-        return self._batches(self._val, prepare, range(mine.start, mine.stop, batch), batch)
+        return self._batches(files, prepare, range(mine.start, mine.stop, batch), _Plan(batch, 1, False))
 
     def close(self) -> None:
         """See :meth:`data_pipelines.contract.Pipeline.close`."""
         self._readers.shutdown(cancel_futures=True)
 
-    def _batches(self, files: "_Files", prepare: Callable[[int], _Work], steps: range, largest: int) -> Iterator[Batch]:
+    def _batches(self, files: "_Files", prepare: Callable[[int], _Work], steps: range, plan: _Plan) -> Iterator[Batch]:
         if not steps:
             return
         # A graph of its own for each pass: training may pause for an evaluation with batches in flight.
-        graph = self._graph(largest)
+        graph = self._graph(plan)
         pending: deque[_Work] = deque()
         try:
             for work in _ahead(self._readers, prepare, steps):
@@ -136,31 +162,31 @@ class ImageFolder(Pipeline):
             while pending:
                 yield self._finish(graph, files, pending)
         except RuntimeError as error:
-            broken = self._broken_file(files, pending)
+            broken = self._broken_file(files, pending, plan)
             if broken is None:
                 raise
             raise broken from error
 
     def _finish(self, graph: "_Graph", files: "_Files", pending: deque[_Work]) -> Batch:
-        pixels, ids = graph.take()
+        views, ids = graph.take()
         # With ids and labels in one copy; the ids went through DALI, so they cannot get out of step with the pixels.
         numbers = torch.from_numpy(np.stack([ids, files.listing.labels[ids]]))
         if self._device.type == "cuda":
             numbers = numbers.pin_memory()
-            pixels = pixels if pixels.is_cuda else pixels.pin_memory()
-        pixels, numbers = (tensor.to(self._device, non_blocking=True) for tensor in (pixels, numbers))
-        # Normalising copies the pixels out of DALI's buffer, which goes back to DALI when ``pixels`` does.
-        batch = Batch((self._normalise(pixels),), numbers[1], numbers[0])
+            views = [pixels if pixels.is_cuda else pixels.pin_memory() for pixels in views]
+        *views, numbers = (tensor.to(self._device, non_blocking=True) for tensor in (*views, numbers))
+        # Normalising copies the pixels out of DALI's buffers, which go back to DALI when ``views`` does.
+        batch = Batch(tuple(self._normalise(pixels) for pixels in views), numbers[1], numbers[0])
         pending.popleft()
         return batch
 
-    def _graph(self, largest: int) -> "_Graph":
+    def _graph(self, plan: _Plan) -> "_Graph":
         mixed = self._device.type == "cuda" and self._config.decoder != "cpu"
-        return _Graph(largest, self._config.threads, self.image_size, self._device if mixed else None)
+        return _Graph(plan, self._config.threads, self.image_size, self._device if mixed else None)
 
-    def _broken_file(self, files: "_Files", pending: deque[_Work]) -> DataError | None:
+    def _broken_file(self, files: "_Files", pending: deque[_Work], plan: _Plan) -> DataError | None:
         """Finds the file that stopped DALI, which names only the batch, by decoding one at a time."""
-        graph = self._graph(1)
+        graph = self._graph(replace(plan, largest=1))
         for work in pending:
             for index, name in enumerate(work.ids):
                 one = slice(index, index + 1)
@@ -203,46 +229,52 @@ class _Files:
 
 
 class _Graph:
-    """Decodes a window, resizes it, cuts the output out of it and flips that; fed by hand, never ahead of its plan.
+    """Decodes a window, resizes it, cuts the output out of it and flips that, for each view; fed by hand, never ahead.
 
     Args:
-        largest: photos of a batch at most.
+        plan: how large, how many and from what.
         threads: of DALI.
         image_size: side of the output, in pixels.
         device: the CUDA device that decodes, or None for the CPU.
     """
 
-    def __init__(self, largest: int, threads: int, image_size: int, device: torch.device | None) -> None:
+    def __init__(self, plan: _Plan, threads: int, image_size: int, device: torch.device | None) -> None:
         from nvidia.dali import fn, pipeline_def, types
 
+        decoding: dict[str, Any] = {
+            "device": "mixed" if device else "cpu",
+            # The window was chosen by the header's size, which knows nothing of EXIF.
+            "adjust_orientation": False,
+            # As libjpeg does on the CPU, so that both decoders give nearly the same pixels.
+            "jpeg_fancy_upsampling": True,
+        }
+
+        def numbers(name: str, ndim: int = 1) -> Any:
+            return fn.external_source(name=name, dtype=types.INT32, ndim=ndim)
+
         @pipeline_def(
-            batch_size=largest,
+            batch_size=plan.largest,
             num_threads=threads,
             device_id=None if device is None else torch.empty(0, device=device).get_device(),
             prefetch_queue_depth=1,  # how far to work ahead is decided by who feeds
         )
-        def graph() -> tuple[Any, Any]:
+        def graph() -> tuple[Any, ...]:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            corners, shapes, scaled, cuts = (
-                fn.external_source(name=name, dtype=types.INT32, ndim=1)
-                for name in ("corners", "shapes", "scaled", "cuts")
-            )
-            images = fn.decoders.image_slice(
-                encoded,
-                device="mixed" if device else "cpu",
-                start=corners,
-                shape=shapes,
-                axis_names="HW",
-                # The window was chosen by the header's size, which knows nothing of EXIF.
-                adjust_orientation=False,
-                # As libjpeg does on the CPU, so that both decoders give nearly the same pixels.
-                jpeg_fancy_upsampling=True,
-            )
-            images = fn.resize(images, size=fn.cast(scaled, dtype=types.FLOAT), antialias=True)
-            images = fn.slice(images, start=cuts, shape=[image_size, image_size], axis_names="HW")
-            images = fn.flip(images, horizontal=fn.external_source(name="flips", dtype=types.INT32, ndim=0), vertical=0)
-            return images, fn.external_source(name="ids", dtype=types.INT64, ndim=0)
+            scaled, cuts = fn.cast(numbers("scaled"), dtype=types.FLOAT), numbers("cuts")
+            photos = fn.decoders.image(encoded, **decoding) if plan.whole else None
+            outputs = []
+            for view in range(plan.views):
+                window = {"start": numbers(f"corners{view}"), "shape": numbers(f"shapes{view}"), "axis_names": "HW"}
+                if plan.whole:
+                    images = fn.slice(photos, **window)
+                else:
+                    images = fn.decoders.image_slice(encoded, **window, **decoding)
+                images = fn.resize(images, size=scaled, antialias=True)
+                images = fn.slice(images, start=cuts, shape=[image_size, image_size], axis_names="HW")
+                outputs.append(fn.flip(images, horizontal=numbers(f"flips{view}", 0), vertical=0))
+            return *outputs, fn.external_source(name="ids", dtype=types.INT64, ndim=0)
 
+        self._views = plan.views
         self._device = device
         self._pipe = graph()
         self._pipe.build()
@@ -253,23 +285,26 @@ class _Graph:
         Raises:
             RuntimeError: an earlier batch cannot be decoded.
         """
-        for name in ("corners", "shapes", "scaled", "cuts"):
+        for name in ("scaled", "cuts"):
             self._pipe.feed_input(name, getattr(work, name).astype(np.int32))
-        for name in ("encoded", "flips", "ids"):
+        for name in ("corners", "shapes", "flips"):
+            for view in range(self._views):
+                self._pipe.feed_input(f"{name}{view}", np.ascontiguousarray(getattr(work, name)[:, view], np.int32))
+        for name in ("encoded", "ids"):
             self._pipe.feed_input(name, getattr(work, name))
         self._pipe.schedule_run()
 
-    def take(self) -> tuple[torch.Tensor, NDArray[np.int64]]:
-        """Waits for the oldest batch: uint8 [n, H, W, C] in DALI's own memory, and ids int64 [n].
+    def take(self) -> tuple[list[torch.Tensor], NDArray[np.int64]]:
+        """Waits for the oldest batch: uint8 [n, H, W, C] of each view in DALI's own memory, and ids int64 [n].
 
         Raises:
             RuntimeError: a photo cannot be decoded.
         """
         # Outputs belong to the stream that will read them, so DALI takes their memory back in that stream's order.
         stream = torch.cuda.current_stream(self._device) if self._device else None
-        images, ids = self._pipe.share_outputs(cuda_stream=stream)
+        *views, ids = self._pipe.share_outputs(cuda_stream=stream)
         self._pipe.release_outputs()
-        return from_dlpack(images.as_tensor()), np.array(ids.as_tensor())
+        return [from_dlpack(images.as_tensor()) for images in views], np.array(ids.as_tensor())
 
 
 def _ahead(pool: ThreadPoolExecutor, prepare: Callable[[int], _Work], steps: range) -> Iterator[_Work]:

@@ -23,9 +23,13 @@ def check(config: DataConfig) -> None:
         size = len(train.names)
     else:
         size, _ = STANDARD[config.dataset].sizes(config.folder)
-    if config.global_batch > size:
+    if config.held_out and not config.held_out_of(size):
+        raise DataError(f"held_out: {config.held_out} of {size} training samples is less than one of them")
+    left = size - config.held_out_of(size)
+    if config.global_batch > left:
+        held_out = f" that held_out = {config.held_out} leaves" if config.held_out else ""
         raise DataError(
-            f"global_batch: expected at most the {size} training samples of {config.folder}, "
+            f"global_batch: expected at most the {left} training samples of {config.folder}{held_out}, "
             f"found {config.global_batch}"
         )
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 # The second word of the key keeps the streams apart; the numbers are part of the format and never change.
 _ORDER = 1
 _AUGMENTATION = 2
+_HELD_OUT = 3
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
@@ -23,6 +24,18 @@ def epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     """
     # A stable sort has one right answer even for equal words, so no version of NumPy can answer differently.
     return np.argsort(_words(seed, _ORDER, epoch, 0, size), kind="stable").astype(np.int64)
+
+
+def hold_out(seed: int, size: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the samples that are trained on and the `count` that are held out, int64 each, ascending.
+
+    Args:
+        seed: 0 .. 2**64 - 1.
+        size: samples of the split.
+        count: 0 .. size.
+    """
+    drawn = np.argsort(_words(seed, _HELD_OUT, 0, 0, size), kind="stable").astype(np.int64)
+    return np.sort(drawn[count:]), np.sort(drawn[:count])
 
 
 def augmentation(seed: int, epoch: int, step: int, rows: int, columns: int, view: int = 0) -> NDArray[np.float64]:

@@ -32,7 +32,10 @@ class Resident(Pipeline):
         self.num_classes = len(standard.class_names)
         self.channels = standard.channels
         self.image_size = standard.side
-        self.train_size, self.eval_size = len(train.labels), len(test.labels)
+        held_out = config.held_out_of(len(train.labels))
+        self._trained_on, self._held_out = order.hold_out(seed, len(train.labels), held_out)
+        self.train_size, self.held_out_size = len(self._trained_on), held_out
+        self.eval_size = len(test.labels)
         self.global_batch = config.global_batch
         self._config, self._seed, self._device = config, seed, device
         self._train, self._test = (_to_device(split, device) for split in (train, test))
@@ -41,7 +44,7 @@ class Resident(Pipeline):
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
         images, labels = self._train
-        shuffled = order.epoch_order(self._seed, epoch, self.train_size)
+        shuffled = self._trained_on[order.epoch_order(self._seed, epoch, self.train_size)]
         for step in range(first_step, self.steps_per_epoch):
             begin = step * self.global_batch
             columns = [shuffled[begin : begin + self.global_batch, None]]
@@ -68,6 +71,14 @@ class Resident(Pipeline):
             end = min(begin + batch, rows.stop)
             ids = torch.arange(begin, end, device=self._device)
             yield Batch((self._normalise(images[begin:end]),), labels[begin:end], ids)
+
+    def held_out(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
+        """See :meth:`data_pipelines.contract.Pipeline.held_out`."""
+        images, labels = self._train
+        rows = order.part(self.held_out_size, part, parts)
+        for begin in range(rows.start, rows.stop, batch):
+            ids = _send(self._held_out[begin : min(begin + batch, rows.stop)], self._device)
+            yield Batch((self._normalise(images[ids]),), labels[ids], ids)
 
     def close(self) -> None:
         """See :meth:`data_pipelines.contract.Pipeline.close`."""

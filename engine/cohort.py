@@ -7,13 +7,14 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import models
@@ -24,11 +25,13 @@ from engine.gradients import scale_gradient
 from engine.optim import make_optimizer, make_schedule
 from engine.placement import Placement
 from engine.randomness import before_forward, initialisation
-from losses import METHODS, Method, PeerInfo, Progress, Signals, Terms
+from engine.teacher import Teacher
+from losses import METHODS, Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from models import heads
 from models.stages import Joined, Stage, Taps, cut, stages
 from models.weightless import weightless
 
+_M = TypeVar("_M", bound=nn.Module)
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,7 +75,8 @@ class Resident:
     wrapped: nn.Module
     """The peer as it is called in training: it averages gradients over its replica group, if that has several ranks."""
     optimizer: torch.optim.Optimizer
-    ema: ModelEmaV3 | None
+    ema: ModelEmaV3 | Teacher | None
+    """The peer's moving average; a method's teacher, where it has one."""
 
 
 class Cohort:
@@ -104,7 +108,7 @@ class Cohort:
         self.turns = method.turns(config.method, placement.num_peers)
         outlines = [self._outline(index) for index in range(placement.num_peers)]
         with initialisation(config.seed, placement.num_peers):
-            self.method = method(config.method, [outline.info for outline in outlines]).to(device)
+            self.method = self._placed(method(config.method, [outline.info for outline in outlines]))
         self.trunk = self._shared_trunk(outlines[0])
         self._trunk_maps: dict[int, Tensor] = {}
         self.shared = nn.ModuleDict({"method": self.method} | ({"trunk": self.trunk} if self.trunk else {}))
@@ -122,8 +126,12 @@ class Cohort:
         averages = [r.ema for r in self.residents.values() if r.ema is not None]
         self._averaged_buffers = _floats([*peers, *averages])
         self._trunk_buffers = _floats([self.trunk]) if self.trunk else []
+        # Of a method's other buffers only the method knows what they mean; in evaluation mode statistics stay fixed.
+        statistics = [module for module in self.method.modules() if isinstance(module, _BatchNorm) and module.training]
+        self._shared_buffers = [*self._trunk_buffers, *_floats(statistics)]
         self._trunk_counters = [b for b in self.trunk.buffers() if not b.is_floating_point()] if self.trunk else []
-        every = [b for module in (*peers, self.shared) for b in module.buffers()]
+        teachers = [average for average in averages if isinstance(average, Teacher)]
+        every = [b for module in (*peers, *teachers, self.shared) for b in module.buffers()]
         self._remembered = [[b for b in every if b.dtype == dtype] for dtype in {b.dtype: None for b in every}]
         self._before = [_flat(buffers) for buffers in self._remembered]
         self.nothing = torch.zeros((), device=device)
@@ -131,15 +139,18 @@ class Cohort:
     def _outline(self, index: int) -> _Outline:
         """What a method wants to know of a peer, found without memory for its weights, wherever the peer lives."""
         peer, options, method = self.config.cohort[index][1], self.config.method, METHODS[self.config.method.name]
-        info = PeerInfo(index, self.num_classes, 0, (), self._auxiliary(index), heads.Projection)
-        looks_inside = method.head is not Method.head or method.trunk is not Method.trunk or len(method.signals) > 1
+        info = PeerInfo(
+            index, self.num_classes, 0, (), self._auxiliary(index), heads.Projection, partial(self._copy, index)
+        )
+        shows_more = set(method.signals) - {"logits", "teacher"}
+        looks_inside = method.head is not Method.head or looks_at_stages(method, options) or shows_more
         if not looks_inside:
             return _Outline(info, {}, {}, None)
         with weightless(peer.network):
             network = models.create(peer.network, self.num_classes, self.channels, **peer.options)
         classifier, width = models.pooled_features(network)
         found: list[Stage] = []
-        if method.taps is not Method.taps or method.trunk is not Method.trunk:
+        if looks_at_stages(method, options):
             found = stages(network, self.channels, self.image_size)
         taps = {f"stage{j}": found[j - 1].module for j in method.taps(options, len(found))}
         trunk = method.trunk(options, len(found))
@@ -154,22 +165,31 @@ class Cohort:
         peer = self.config.cohort[index][1]
         return partial(heads.auxiliary, peer.network, peer.options, self.num_classes, self.channels, self.image_size)
 
-    def _network(self, index: int) -> nn.Module:
+    def _network(self, index: int, pretrained: bool | str = False) -> nn.Module:
         peer = self.config.cohort[index][1]
         with initialisation(self.config.seed, index):
             network = models.create(
-                peer.network, self.num_classes, self.channels, pretrained=peer.pretrained, **peer.options
+                peer.network, self.num_classes, self.channels, pretrained=pretrained, **peer.options
             )
-        memory_format = torch.channels_last if self.config.precision.channels_last else torch.contiguous_format
-        network = network.to(self.device, memory_format=memory_format)  # type: ignore[call-overload]
+        network = self._placed(network)
         if self.config.train.sync_bn:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network, self.replica_group)
         return network
 
+    def _copy(self, index: int) -> nn.Module:
+        network = self._network(index)
+        if self.config.precision.compile:
+            network.compile()
+        return network
+
+    def _placed(self, module: _M) -> _M:
+        memory_format = torch.channels_last if self.config.precision.channels_last else torch.contiguous_format
+        return module.to(self.device, memory_format=memory_format)  # type: ignore[call-overload]
+
     def _shared_trunk(self, outline: _Outline) -> nn.Module | None:
         if outline.trunk is None:
             return None
-        trunk, _ = cut(self._network(0), outline.trunk)
+        trunk, _ = cut(self._network(0, self.config.cohort[0][1].pretrained), outline.trunk)
         below = {name: path for name, path in outline.taps.items() if _has(trunk, path)}
         self._trunk_taps = Taps(trunk, below, {})
         if self.config.precision.compile:
@@ -179,17 +199,22 @@ class Cohort:
     def _resident(self, index: int, outline: _Outline) -> Resident:
         with initialisation(self.config.seed, self.placement.num_peers + 1 + index):
             head = self.method.head(outline.info)
-        network = self._network(index)
+        network = self._network(index, self.config.cohort[index][1].pretrained)
         whole = network
         if self.trunk is not None and outline.trunk is not None:
             _, network = cut(network, outline.trunk)
             whole = Joined(self.trunk, network)
-        ema = ModelEmaV3(whole, decay=self.config.train.ema_decay) if self.config.train.ema_decay else None
+        ema: ModelEmaV3 | Teacher | None = None
+        if self.method.teacher_decay(self.config.method, 0) is not None:
+            ema = Teacher(whole, compiled=self.config.precision.compile)
+        elif self.config.train.ema_decay:
+            ema = ModelEmaV3(whole, decay=self.config.train.ema_decay)
         above = {name: path for name, path in outline.taps.items() if _has(network, path)}
         taps = Taps(network, above, outline.inputs) if outline.inputs else None
         if self.config.precision.compile:
             network.compile()
-        peer = Peer(network, head and head.to(self.device), taps, self.method.signals)
+        signals = [name for name in self.method.signals if name != "teacher"]
+        peer = Peer(network, head and head.to(self.device), taps, signals)
         return Resident(
             index=index,
             name=self.config.cohort[index][0],
@@ -215,8 +240,9 @@ class Cohort:
         """The augmentations of an image that this rank's peers see."""
         return self.placement.residents if self.config.data.views == "per_peer" else (0,)
 
-    def forward(self, batch: Batch, step: int, micro: int, peers: Sequence[int]) -> Mapping[int, Signals]:
+    def forward(self, batch: Batch, progress: Progress, micro: int, peers: Sequence[int]) -> Mapping[int, Signals]:
         """The live signals of those of `peers` that live here, for this rank's rows, each on the view that it sees."""
+        step = progress.step
         views = dict(zip(self.placement.residents, itertools.cycle(batch.views), strict=False))
         here = [index for index in peers if index in self.residents]
         signals: dict[int, Signals] = {}
@@ -226,7 +252,14 @@ class Cohort:
                 before_forward(self.config.seed, index, step, micro, self.placement.replica, self.device)
                 images, maps = below.get(index, (views[index], None))
                 signals[index] = self.residents[index].wrapped(images, maps)
-        return signals
+                teacher = self.residents[index].ema
+                if isinstance(teacher, Teacher):
+                    stream = 2 * self.placement.num_peers + 1 + index
+                    before_forward(self.config.seed, stream, step, micro, self.placement.replica, self.device)
+                    signals[index] = {**signals[index], "teacher": teacher(views[index])}
+            with torch.no_grad():
+                seen = self.method.look({k: views[k] for k in here}, progress)
+        return {k: {**own, **seen.get(k, {})} for k, own in signals.items()}
 
     def _run_trunk(
         self, views: Mapping[int, Tensor], step: int, micro: int
@@ -297,6 +330,14 @@ class Cohort:
         for buffers, before in zip(self._remembered, self._before, strict=True):
             _fill(buffers, torch.where(skip > 0, before, _flat(buffers)))
 
+    def update_averages(self, step: int) -> None:
+        """Moves the residents' averages and teachers, after update number `step`."""
+        for resident in self.residents.values():
+            if isinstance(resident.ema, Teacher):
+                resident.ema.update(resident.whole, self.method.teacher_decay(self.config.method, step) or 0.0)
+            elif resident.ema is not None:
+                resident.ema.update(resident.whole)
+
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Of each resident, then of the method's shared modules."""
         shared = [self.shared_optimizer] if self.shared_optimizer else []
@@ -313,7 +354,7 @@ class Cohort:
 
         Each rank's statistics are linear in its batches, so averaging now and going on is the same as averaging later.
         """
-        for buffers, group in ((self._averaged_buffers, self.replica_group), (self._trunk_buffers, dist.group.WORLD)):
+        for buffers, group in ((self._averaged_buffers, self.replica_group), (self._shared_buffers, dist.group.WORLD)):
             if buffers and group is not None and group.size() > 1:
                 flat = _flat(buffers)
                 dist.all_reduce(flat, group=group)
@@ -328,6 +369,12 @@ class _Outline:
     taps: Mapping[str, str]
     inputs: Mapping[str, str]
     trunk: str | None
+
+
+def looks_at_stages(method: type[Method], options: MethodOptions) -> bool:
+    """Whether a method wants feature maps or a trunk, which not every network has."""
+    # A bound classmethod is made anew each time that it is looked at; the function behind it is one.
+    return method.taps.__func__ is not Method.taps.__func__ or method.trunk(options, 3) is not None  # type: ignore[attr-defined]
 
 
 def _has(network: nn.Module, path: str) -> bool:

@@ -148,6 +148,17 @@ class CheckpointConfig(_Section):
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
 
 
+class ReportConfig(_Section):
+    """Which network stands for the run."""
+
+    deployed: Literal["first", "best", "mean", "leader", "ema", "ensemble"] | None = Field(
+        None,
+        description="whose accuracy is the run's in a report: the first peer, the one that is best at the last "
+        "evaluation, the mean of all peers, the leader (okddip), the moving average of the first peer, or the mean of "
+        "all peers' probabilities; null: what the method's paper reports",
+    )
+
+
 class LogConfig(_Section):
     """What is reported, where."""
 
@@ -180,11 +191,17 @@ class RunConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    report: ReportConfig = ReportConfig()
 
     @property
     def folder(self) -> Path:
         """Where the run lives."""
         return self.dir.expanduser() if self.dir else Path("runs") / self.name
+
+    @property
+    def deployed(self) -> str:
+        """Which network stands for the run: one of the choices of `report.deployed`."""
+        return self.report.deployed or METHODS[self.method.name].deployed
 
     @functools.cached_property
     def cohort(self) -> list[tuple[str, PeerConfig]]:
@@ -218,7 +235,7 @@ class RunConfig(_Section):
             raise ValueError(f"method.name = {self.method.name}: {error}") from None
         if METHODS[self.method.name].one_view and self.data.views != "shared":
             raise ValueError(
-                f"data.views = {self.data.views}: {self.method.name} looks at what all peers share of one augmentation; "
+                f"data.views = {self.data.views}: {self.method.name} needs one augmentation for all peers; "
                 "expected shared"
             )
         if METHODS[self.method.name].trunk(self.method, 3) is not None:
@@ -235,6 +252,21 @@ class RunConfig(_Section):
                     f"peers: {self.method.name} needs peers of one network with the same options; found "
                     f"{', '.join(sorted(found))}"
                 )
+        if METHODS[self.method.name].held_out(self.method) and not self.data.held_out:
+            raise ValueError(
+                f"data.held_out = {self.data.held_out}: {self.method.name} as configured looks at images that are not "
+                "trained on; expected a part of the training samples, such as 0.1"
+            )
+        teaches = METHODS[self.method.name].teacher_decay(self.method, 0) is not None
+        if teaches and self.train.ema_decay:
+            raise ValueError(
+                f"train.ema_decay = {self.train.ema_decay}: {self.method.name} keeps moving averages of its own; "
+                "expected null"
+            )
+        if self.deployed == "ema" and not (teaches or self.train.ema_decay):
+            raise ValueError("report.deployed = 'ema': there are no moving averages; expected train.ema_decay")
+        if self.deployed == "leader" and METHODS[self.method.name].deployed != "leader":
+            raise ValueError(f"report.deployed = 'leader': {self.method.name} has none; expected first, best or mean")
         in_turn = len(METHODS[self.method.name].turns(self.method, len(names))) > 1
         if in_turn and self.precision.amp == "fp16":
             raise ValueError(
@@ -478,7 +510,8 @@ def describe() -> str:
                 walk(inner, f"{prefix}{name}." + ("N." if inner is PeerConfig else ""))
             else:
                 default = "" if field.is_required() else f" = {'null' if field.default is None else field.default}"
-                lines.append(f"{prefix}{name}{default}\n    {field.description or str(model.__doc__).partition(chr(10))[0]}")
+                meaning = field.description or str(model.__doc__).splitlines()[0]
+                lines.append(f"{prefix}{name}{default}\n    {meaning}")
 
     walk(RunConfig, "")
     return "\n".join(lines)

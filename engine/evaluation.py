@@ -107,7 +107,8 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
     """
     names = [name for name, _ in cohort.config.cohort]
     values: dict[str, float] = {}
-    for prefix in ("val", "ema") if cohort.config.train.ema_decay else ("val",):
+    averaged = any(resident.ema is not None for resident in cohort.residents.values())
+    for prefix in ("val", "ema") if averaged else ("val",):
         scores = evaluate(
             cohort.networks(ema=prefix == "ema"),
             cohort.exchange,
@@ -122,6 +123,29 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
             values |= {f"{prefix}/{name}/{key}": value for key, value in asdict(score).items()}
         values[f"{prefix}/disagreement"] = scores.disagreement
     return values
+
+
+def survey(cohort: Cohort, pipeline: Pipeline) -> Tensor:
+    """The mean over the held-out images of what the method takes from each (`Method.survey`), on every rank the same.
+
+    float64, so that the order of the sum does not show.
+    """
+    cohort.average_buffers()
+    placement, networks = cohort.placement, cohort.networks()
+    total = torch.zeros(placement.num_peers**2 + 1, dtype=torch.float64, device=cohort.device)
+    for network in networks.values():
+        network.eval()
+    with torch.no_grad():
+        for rows in pipeline.held_out(placement.replica, placement.replicas, cohort.config.evaluation.batch):
+            with torch.autocast(cohort.device.type, dtype=cohort.autocast, enabled=cohort.autocast is not None):
+                own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
+            total[:-1] += cohort.method.survey(cohort.exchange(own, wire=torch.float32), rows.targets).flatten()
+            total[-1] += len(rows.targets)
+    for network in networks.values():
+        network.train()
+    # All groups of peers have the same sums; over the world they come out the same bits everywhere.
+    dist.all_reduce(total)
+    return (total[:-1] / total[-1]).view(placement.num_peers, placement.num_peers)
 
 
 def _count(logits: Tensor, targets: Tensor, right: Tensor, loss: Tensor) -> None:

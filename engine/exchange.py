@@ -28,7 +28,8 @@ class Exchange:
         own: Mapping[int, Signals],
         mode: Literal["none", "detached", "differentiable"] = "detached",
         *,
-        exact: bool = False,
+        private: Sequence[str] = (),
+        wire: torch.dtype | None = None,
     ) -> Sequence[Signals]:
         """One all-gather over the exchange group, or none where all peers live here or `mode` is `none`.
 
@@ -36,7 +37,8 @@ class Exchange:
             own: signals of each resident, every tensor of the same N rows on all ranks of the group.
             mode: `detached`: the other peers' signals are constants. `differentiable`: the gradients that other ranks
                 have for this rank's signals come back in the backward pass. `none`: the others' signals stay empty.
-            exact: send float32, whatever the format of signals under way.
+            private: names of signals that are not sent.
+            wire: the format under way, if it is not the run's.
 
         Returns:
             The signals of all K peers in order, in float32: the residents' own tensors, live, and the others' copies.
@@ -46,9 +48,10 @@ class Exchange:
             return [own[k] for k in range(self._placement.num_peers)]
         if mode == "none":
             return [own.get(k, {}) for k in range(self._placement.num_peers)]
-        layout = self._layout(own)
-        flat = torch.cat([x.reshape(-1) for k in self._placement.residents for x in own[k].values()])
-        flat = flat if exact else flat.to(self._wire)
+        shown = {k: {name: x for name, x in signals.items() if name not in private} for k, signals in own.items()}
+        layout = self._layout(shown)
+        flat = torch.cat([x.reshape(-1) for k in self._placement.residents for x in shown[k].values()])
+        flat = flat.to(wire or self._wire)
         longest = max(_numel(group) for group in layout)
         flat = torch.nn.functional.pad(flat, (0, longest - flat.numel()))
         if mode == "differentiable":

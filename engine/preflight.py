@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import models
 from engine import checkpoint
+from engine.cohort import looks_at_stages
 from engine.collectives import Launch, choose_device
 from engine.config import ConfigError, RunConfig, check_data, load
 from engine.optim import check_optimizer
 from engine.placement import Placement, plan
+from losses import METHODS
+from models.stages import stages
+from models.weightless import weightless
 
 NUMBERS_DO_NOT_DEPEND_ON = {
     "name": None,
@@ -19,6 +24,7 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "evaluation": None,
     "checkpoint": None,
     "log": None,
+    "report": None,
     "data": {"root", "threads", "decoder"},
     "precision": {"compile", "channels_last", "tf32"},
     "train": {"epochs", "max_skipped"},
@@ -45,10 +51,30 @@ def check(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Placemen
         )
     placement = plan(config, launch.world, launch.rank)
     check_data(config)
+    _check_stages(config)
     _check_folder(config)
     if not fresh:
         _check_same_run(config)
     return placement
+
+
+def _check_stages(config: RunConfig) -> None:
+    """Methods that look at feature maps need networks that have as many as they want."""
+    method, options = METHODS[config.method.name], config.method
+    if not looks_at_stages(method, options):
+        return
+    for peer in {(p.network, repr(p.options)): p for p in config.peers}.values():
+        with weightless(peer.network):
+            network = models.create(peer.network, 2, config.data.channels, **peer.options)
+        try:
+            found = len(stages(network, config.data.channels, config.data.side))
+            method.taps(options, found)
+            method.trunk(options, found)
+        except ValueError as error:
+            raise ConfigError(
+                f"method.name = {method.name}: cannot train {peer.network} on images of {config.data.side} pixels: "
+                f"{error}"
+            ) from None
 
 
 def _check_folder(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import load
+from engine.config import RunConfig, load
 from engine.tracking import read_metrics
 
 
@@ -45,6 +45,7 @@ def table(runs: Sequence[Path]) -> str:
                     )
                 )
         if len(names) > 1:
+            notes.append(f"{config.name}: deployed: {deployed(config, lines[-1])}")
             mean = sum(lines[-1][f"val/{name}/top1"] for name in names) / len(names)
             disagreement = lines[-1]["val/disagreement"]
             notes.append(
@@ -57,6 +58,20 @@ def table(runs: Sequence[Path]) -> str:
     ]
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([lines_out[0], rule, *lines_out[1:], "", *notes]).rstrip()
+
+
+def deployed(config: RunConfig, scores: dict[str, Any]) -> str:
+    """Whose accuracy stands for the run (`report.deployed`), and what it is at an evaluation."""
+    names = [name for name, _ in config.cohort]
+    top1 = {name: scores[f"val/{name}/top1"] for name in names}
+    if config.deployed == "mean":
+        return f"the mean of the peers, top-1 {sum(top1.values()) / len(names):.2f} %"
+    if config.deployed == "ensemble":
+        return f"the ensemble, top-1 {scores['val/ensemble/top1']:.2f} %"
+    if config.deployed == "ema":
+        return f"the moving average of {names[0]}, top-1 {scores[f'ema/{names[0]}/top1']:.2f} %"
+    chosen = {"first": names[0], "leader": names[-1], "best": max(names, key=top1.__getitem__)}[config.deployed]
+    return f"{chosen} ({config.deployed}), top-1 {top1[chosen]:.2f} %"
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:

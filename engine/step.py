@@ -37,12 +37,12 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         with cohort.gradients_stay_here(not last):
-            own = dict(cohort.forward(batch, progress.step, micro, everybody))
+            own = dict(cohort.forward(batch, progress, micro, everybody))
             clock.mark("forward")
             for turn in cohort.turns:
                 learners = [k for k in turn if k in cohort.residents]
 
-                signals = cohort.exchange(own, cohort.method.exchange)
+                signals = cohort.exchange(own, cohort.method.exchange, private=cohort.method.private)
                 clock.mark("exchange")
 
                 terms = cohort.objective(learners, signals, batch.targets, progress, micro)
@@ -58,7 +58,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
                     clock.mark("optimizer")
                 if turn is not cohort.turns[-1]:
                     with torch.no_grad():
-                        own |= cohort.forward(batch, progress.step, micro, turn)
+                        own |= cohort.forward(batch, progress, micro, turn)
                     clock.mark("forward")
 
     cohort.restore_buffers(skipped)
@@ -66,16 +66,15 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
     cohort.method.after_step(
         AfterStep(
             residents={k: r.peer for k, r in cohort.residents.items()},
-            exchange=partial(cohort.exchange, exact=True),
+            exchange=partial(cohort.exchange, wire=torch.float32),
+            average_buffers=cohort.average_buffers,
             skipped=skipped,
             images=batches[-1].images,
             targets=batches[-1].targets,
             progress=progress,
         )
     )
-    for resident in cohort.residents.values():
-        if resident.ema is not None:
-            resident.ema.update(resident.whole)
+    cohort.update_averages(progress.step)
     clock.mark("optimizer")
     return total, skipped
 

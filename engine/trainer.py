@@ -18,7 +18,7 @@ from engine.checkpoint import Best, CheckpointError, Manifest
 from engine.cohort import Cohort
 from engine.collectives import Launch, choose_device, start
 from engine.config import RunConfig
-from engine.evaluation import evaluate_cohort
+from engine.evaluation import evaluate_cohort, survey
 from engine.files import write_json
 from engine.guards import check_same_rows, check_same_weights
 from engine.meter import Meter
@@ -153,6 +153,9 @@ class _Run:
     def to_the_end(self) -> None:
         while self.step < self.steps:
             epoch, done = divmod(self.step, self.steps_per_epoch)
+            if epoch and not done and self.cohort.method.held_out(self.config.method):
+                self.cohort.method.begin_epoch(survey(self.cohort, self.pipeline))
+                self.clock.restart()
             rows = self.placement.rows(self.config.data.global_batch)
             for batch in self.pipeline.train(epoch, done, rows, self.cohort.views):
                 self.clock.mark("data")

@@ -2,6 +2,7 @@
 
     python launch/bench.py step                     the engine's step against a bare loop in plain PyTorch
     torchrun --nproc-per-node=2 launch/bench.py exchange    spread peers against the same peers uncoupled
+    python launch/bench.py bytes                    not timed: what each method sends, from its signals' shapes
 
 Absolute times belong to the machine; the ratio is the result. Machines wander, so variants take turns, and the median
 of the ratios of neighbours is printed with its quartiles.
@@ -14,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ from engine.placement import plan
 from engine.step import train_step
 from engine.timing import Clock
 from launch.entry import parser, user_errors
-from losses import Progress
+from losses import METHODS, Progress
 
 CLASSES = 100
 
@@ -38,7 +40,7 @@ CLASSES = 100
 def main() -> None:
     """The command."""
     arguments = parser(__doc__ or "", "")
-    arguments.add_argument("what", choices=["step", "exchange"])
+    arguments.add_argument("what", choices=["step", "exchange", "bytes"])
     arguments.add_argument("--network", default="torchvision/resnet18", help="of both peers (default: %(default)s)")
     arguments.add_argument("--size", type=int, default=32, help="side of the images (default: %(default)s)")
     arguments.add_argument("--batch", type=int, default=64, help="rows of a step (default: %(default)s)")
@@ -53,12 +55,52 @@ def main() -> None:
     with user_errors(launch):
         device = choose_device("auto", launch)
         start(launch, device)
+        if options.what == "bytes":
+            for method in METHODS:
+                print(f"  {method:16} {bytes_a_step(method):>12,}")
+            dist.destroy_process_group()
+            return
         if options.what == "step":
             variants = {"engine": engine_step(options, "dml", device, launch), "bare loop": bare_step(options, device)}
         else:
             variants = {name: engine_step(options, name, device, launch) for name in ("dml", "independent")}
         compare(variants, options, device, launch)
         dist.destroy_process_group()
+
+
+def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int = 128, **options: Any) -> int:
+    """What one peer sends in one step at ImageNet's shapes, in float32, taken from the signals of a real forward pass.
+
+    To be called in a world of one rank.
+    """
+    num_peers = 3 if method == "okddip" else 2
+    config = validate(
+        {
+            "name": "bytes",
+            "device": "cpu",
+            "method": {"name": method, **options},
+            "peers": [{"network": network, "copies": num_peers}],
+            "data": {"dataset": "fashion_mnist_subset", "global_batch": 2},
+            "train": {"epochs": 1},
+        }
+    )
+    cohort = Cohort(
+        config,
+        plan(config, 1, 0),
+        torch.device("cpu"),
+        num_classes=1000,
+        channels=3,
+        image_size=224,
+        steps_per_epoch=1000,
+    )
+    if cohort.method.exchange == "none":
+        return 0
+    batch = Batch((torch.zeros(2, 3, 224, 224),), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    with torch.no_grad():
+        signals = cohort.forward(batch, Progress(0, 1000, 1), 0, [0])[0]
+    assert all(len(x) == 2 for x in signals.values())
+    numbers = sum(x.numel() for name, x in signals.items() if name not in cohort.method.private)
+    return numbers // 2 * rows * 4
 
 
 def compare(

@@ -1,8 +1,17 @@
 """The methods: how the peers of a cohort teach each other. One file a method, all on the contract in `contract.py`."""
 
+from losses.cl_ilr import CLILR
+from losses.codistillation import Codistillation
 from losses.contract import AfterStep, Method, MethodOptions, PeerInfo, Progress, Signals, Terms
+from losses.dcl import DCL
+from losses.dcm import DCM
 from losses.dml import DML
+from losses.ffl import FFL
 from losses.independent import Independent
+from losses.kdcl import KDCL
+from losses.okddip import OKDDip
+from losses.one import ONE
+from losses.pcl import PCL
 
 __all__ = [
     "METHODS",
@@ -15,4 +24,6 @@ __all__ = [
     "Terms",
 ]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Independent, DML)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Independent, DML, CLILR, ONE, FFL, OKDDip, DCM, DCL, Codistillation, KDCL, PCL)
+}

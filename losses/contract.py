@@ -11,8 +11,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -46,6 +47,8 @@ class PeerInfo:
     {`logits` [N, C], `features` [N, D]}. The second argument names the design, see `models.heads.auxiliary`."""
     projection: Callable[[int, int], nn.Module]
     """Builds an embedding head [N, inputs] -> [N, outputs], rows of unit length, see `models.heads.Projection`."""
+    network: Callable[[], nn.Module]
+    """Builds the peer's plain network once more, with random weights: images [N, channels, H, W] -> logits [N, C]."""
 
 
 class Progress(NamedTuple):
@@ -62,15 +65,28 @@ class Progress(NamedTuple):
         return self.step // self.steps_per_epoch
 
 
+class Exchange(Protocol):
+    """The exchange after a step. Every rank must call it equally often."""
+
+    def __call__(self, own: Mapping[int, Signals], *, wire: torch.dtype = torch.float32) -> Sequence[Signals]:
+        """Takes named tensors of each resident, gives those of all K peers in float32, by one all-gather.
+
+        Args:
+            own: of any shapes. A resident's own tensors come back as they are, not rounded to the wire's format.
+            wire: number format under way, whatever the one that signals travel in.
+        """
+
+
 @dataclass(frozen=True)
 class AfterStep:
     """What a method may use after an optimiser step, wherever the peers are."""
 
     residents: Mapping[int, nn.Module]
     """The peers that live here, by index: network and head. Their parameters may be written in place."""
-    exchange: Callable[[Mapping[int, Signals]], Sequence[Signals]]
-    """Takes named tensors of each resident, gives those of all K peers, in float32 whatever format signals travel in.
-    Every rank must call it equally often."""
+    exchange: Exchange
+    average_buffers: Callable[[], None]
+    """Makes the residents' BatchNorm statistics those of all rows, as they are where the run is evaluated or saved: one
+    all-reduce in each replica group of several ranks. Every rank must call it equally often."""
     skipped: Tensor
     """[1] on the device, 1 where no optimiser has moved because some rank met a non-finite number."""
     images: Tensor
@@ -90,9 +106,14 @@ class Method(nn.Module, ABC):
     signals: ClassVar[tuple[str, ...]] = ("logits",)
     """What the peers show each other. Known to every peer: `logits` [N, C], `features` [N, D] and the tapped maps
     `stage1` ...; a head adds more."""
+    private: ClassVar[tuple[str, ...]] = ()
+    """Those of `signals`, and of what `look` shows, that a peer keeps to itself: nothing of them is sent."""
     exchange: ClassVar[Literal["none", "detached", "differentiable"]] = "detached"
     """Whether signals of other peers come without gradient or carry it back to their owner; `none` sends nothing. Where
     they carry it, the terms of a rank are its share of the objective, and all ranks' shares must use all signals."""
+
+    alike: ClassVar[bool] = False
+    """Whether all peers must have the same network and options, as where their parameters meet one by one."""
 
     def __init__(self, options: Any, peers: Sequence[PeerInfo]) -> None:
         super().__init__()
@@ -120,8 +141,14 @@ class Method(nn.Module, ABC):
         """
         return None
 
+    deployed: ClassVar[Literal["first", "best", "mean", "leader", "ema", "ensemble"]] = "mean"
+    """Whose accuracy the paper reports, see `report.deployed` of a config."""
+
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"
     """Whether the shared trunk follows the sum of the peers' gradients or their mean."""
+
+    one_view: ClassVar[bool] = False
+    """Whether all peers must see one augmentation of an image, as where a module that they share looks at `trunk`."""
 
     def head(self, peer: PeerInfo) -> nn.Module | None:
         """Builds what is attached to one peer and left behind at export: {`logits`, `features`, maps} -> further
@@ -129,9 +156,31 @@ class Method(nn.Module, ABC):
         return None
 
     @classmethod
+    def teacher_decay(cls, options: Any, step: int) -> float | None:
+        """Gives each peer a teacher: a moving average of its parameters, theta' <- phi theta' + (1 - phi) theta.
+
+        The teacher is a copy of the peer's whole network, trunk included. It runs in training mode and without gradient
+        on the images that the peer sees, so that its BatchNorm statistics are its own, and shows its logits as the
+        signal `teacher` [N, C]. It is saved, evaluated and exported as the peer's average. Needs one turn.
+
+        Returns:
+            phi after update number `step`, from 0; None: there are no teachers.
+        """
+        return None
+
+    @classmethod
     def turns(cls, options: Any, num_peers: int) -> Sequence[Sequence[int]]:
         """The peers that are updated together, turn after turn; signals are refreshed between turns."""
         return (range(num_peers),)
+
+    def look(self, images: Mapping[int, Tensor], progress: Progress) -> Mapping[int, Signals]:
+        """Further signals of the residents, made here from the images that they see, without gradient.
+
+        Args:
+            images: [N, channels, H, W] that each resident sees; the same tensor where views are shared.
+            progress: of the run.
+        """
+        return {}
 
     @abstractmethod
     def forward(
@@ -145,6 +194,27 @@ class Method(nn.Module, ABC):
             targets: class indices [N].
             progress: of the run.
         """
+
+    @classmethod
+    def held_out(cls, options: Any) -> bool:
+        """Whether the method looks, before each epoch but the first, at images that no peer is trained on."""
+        return False
+
+    def survey(self, signals: Sequence[Signals], targets: Tensor) -> Tensor:
+        """What the method takes from some of the held-out images: added up over all of them, each once.
+
+        Args:
+            signals: `logits` of all K peers, in evaluation mode and without gradient.
+            targets: class indices [N].
+
+        Returns:
+            A number for each pair of peers, float64 [K, K].
+        """
+        raise NotImplementedError
+
+    def begin_epoch(self, surveyed: Tensor) -> None:
+        """Before each epoch but the first: takes the mean of `survey` over the held-out images, the same bits on every
+        rank, and keeps in buffers what it makes of it."""
 
     def after_step(self, after: AfterStep) -> None:
         """Acts after the optimiser step: parameter communication, moving-average teachers, an outer step."""

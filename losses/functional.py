@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,3 +33,41 @@ def cross_term(probabilities: Tensor, log_probabilities: Tensor) -> Tensor:
 def sum_of_others(tensors: Sequence[Tensor], k: int) -> Tensor:
     """sum_{j != k} of equally shaped tensors. Added up rather than taken from the total, which would cancel."""
     return torch.stack([x for j, x in enumerate(tensors) if j != k]).sum(0)
+
+
+def tempered_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(t / T) || softmax(z / T)), the sum over classes and the mean over rows. [N, C], [N, C] -> scalar.
+
+    Exact logarithms in float32: the 1e-7 that ONE, FFL and OKDDip add to the teacher's probabilities is left out. The
+    gradient reaches whichever of the two carries one; who wants a constant teacher detaches it.
+    """
+    log_p = tempered_log_softmax(student_logits, temperature)
+    log_q = tempered_log_softmax(teacher_logits, temperature)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(t / T) || softmax(z / T)), see `tempered_kl`. [N, C], [N, C] -> scalar."""
+    return temperature**2 * tempered_kl(student_logits, teacher_logits, temperature)
+
+
+def ramp_up(epoch: int, length: int) -> float:
+    """exp(-5 (1 - min(e, L) / L)^2): from 0.0067 in epoch 0 up to 1 from epoch L on. A length of 0 means no ramp: 1.
+
+    Args:
+        epoch: e, counted from 0 and constant within an epoch (`Progress.epoch`).
+        length: L, in epochs.
+    """
+    return math.exp(-5 * (1 - min(epoch, length) / length) ** 2) if length else 1.0
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """A copy of all elements in one row, each tensor's in the order of its indices whatever its memory format."""
+    return torch.cat([x.detach().reshape(-1) for x in tensors])
+
+
+def fill(tensors: Sequence[Tensor], row: Tensor) -> None:
+    """Writes what `flat` gave back into the tensors, or into others of the same shapes, in one go."""
+    pieces = row.split([x.numel() for x in tensors])
+    with torch.no_grad():
+        torch._foreach_copy_(list(tensors), [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.stem not in ("base", "quickstart"))
 
 
+@functools.cache
+def names() -> list[str]:
+    return [load(path).name for path in CONFIGS]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_is_valid_and_its_name_is_its_own(path: Path) -> None:
-    config = load(path)
-    names = [load(other).name for other in CONFIGS]
-    assert names.count(config.name) == 1
+    assert names().count(load(path).name) == 1
 
 
 @pytest.mark.parametrize("room", ["losses", "models", "data_pipelines"])

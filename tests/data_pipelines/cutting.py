@@ -7,8 +7,9 @@ from data_pipelines import Batch, Pipeline, order
 
 
 def same(a: Batch, b: Batch) -> bool:
-    """Returns whether two batches are equal bit for bit."""
-    return all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("images", "targets", "ids"))
+    """Returns whether two batches are equal bit for bit, in all views."""
+    views = len(a.views) == len(b.views) and all(map(torch.equal, a.views, b.views))
+    return views and torch.equal(a.targets, b.targets) and torch.equal(a.ids, b.ids)
 
 
 def join(batches: list[Batch]) -> Batch:
@@ -61,3 +62,36 @@ def assert_a_batch_is_as_promised(pipeline: Pipeline, labels: np.ndarray) -> Non
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert (batch.images.dtype, batch.targets.dtype, batch.ids.dtype) == (torch.float32, torch.int64, torch.int64)
     assert batch.targets.tolist() == labels[batch.ids.numpy()].tolist()
+
+
+def assert_a_view_is_the_same_in_any_company(pipeline: Pipeline) -> None:
+    """Compares each of three views alone with the same among others, in any order, on any rows."""
+    rows = slice(0, pipeline.global_batch)
+    together = list(pipeline.train(1, 0, rows, (0, 1, 2)))
+    for views in ((0,), (1,), (2,), (2, 0)):
+        for few, all_three in zip(pipeline.train(1, 0, rows, views), together, strict=True):
+            assert same(few, Batch(tuple(all_three.views[v] for v in views), all_three.targets, all_three.ids))
+    part = slice(1, 4)
+    for few, whole in zip(pipeline.train(1, 0, part, (1, 2)), together, strict=True):
+        cut = tuple(whole.views[v][part] for v in (1, 2))
+        assert same(few, Batch(cut, whole.targets[part], whole.ids[part]))
+    assert all(same(a, b) for a, b in zip(pipeline.train(1, 0, rows), pipeline.train(1, 0, rows, (0,)), strict=True))
+    for batch in together:
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            differ = (batch.views[a] != batch.views[b]).flatten(1).any(1)
+            assert differ.float().mean() > 0.7, "views of an image are drawn independently"
+
+
+def assert_what_is_held_out_is_never_trained_on(pipeline: Pipeline, count: int, labels: np.ndarray) -> None:
+    """Compares two epochs with the samples held out, and these with the same cut into parts and batches."""
+    size = len(labels)
+    assert (pipeline.held_out_size, pipeline.train_size) == (count, size - count)
+    (whole,) = pipeline.held_out(0, 1, count)
+    assert len(set(whole.ids.tolist())) == count
+    assert whole.targets.tolist() == labels[whole.ids.numpy()].tolist()
+    rows = slice(0, pipeline.global_batch)
+    trained_on = {i for epoch in range(12) for batch in pipeline.train(epoch, 0, rows) for i in batch.ids.tolist()}
+    assert trained_on == set(range(size)) - set(whole.ids.tolist())
+    for parts, batch in ((1, 2), (2, 3), (3, count), (count + 2, 1)):
+        batches = [each for part in range(parts) for each in pipeline.held_out(part, parts, batch)]
+        assert same(join(batches), whole)

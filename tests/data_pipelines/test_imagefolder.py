@@ -54,6 +54,32 @@ def test_rows_do_not_depend_on_the_cut(pipeline: Pipeline) -> None:
     cutting.assert_rows_do_not_depend_on_the_cut(pipeline)
 
 
+@pytest.mark.parametrize("views", ["shared", "per_peer"])
+def test_a_view_is_the_same_in_any_company(photos: Path, views: str) -> None:
+    pipeline = _open(photos, views=views)
+    cutting.assert_a_view_is_the_same_in_any_company(pipeline)
+    pipeline.close()
+
+
+def test_photos_decoded_whole_keep_their_rows_and_can_be_broken(photos: Path, tmp_path: Path) -> None:
+    pipeline = _open(photos, views="per_peer")
+    cutting.assert_rows_do_not_depend_on_the_cut(pipeline)
+    pipeline.close()
+    copied = Path(shutil.copytree(photos, tmp_path / "photos"))
+    for path in (copied / "train").rglob("*.JPEG"):
+        path.write_bytes(path.read_bytes()[:1500])
+    broken = _open(copied, views="per_peer")
+    with pytest.raises(DataError, match="found 1500 bytes that cannot be decoded"):
+        list(broken.train(0, 0, slice(0, 8), (0, 1)))
+    broken.close()
+
+
+def test_what_is_held_out_is_never_trained_on(photos: Path) -> None:
+    pipeline = _open(photos, held_out=0.3)
+    cutting.assert_what_is_held_out_is_never_trained_on(pipeline, 8, np.repeat([0, 1, 2], 9))
+    pipeline.close()
+
+
 def test_rows_do_not_depend_on_the_threads(photos: Path, pipeline: Pipeline) -> None:
     for threads in (1, 5):
         other = _open(photos, threads=threads)
@@ -99,11 +125,12 @@ def test_validation_pixels_are_torchvisions(photos: Path) -> None:
         assert difference.max() <= 1, listing.path(index)
 
 
-def test_training_pixels_are_pils(photos: Path) -> None:
+@pytest.mark.parametrize(("views", "view"), [("shared", 0), ("per_peer", 0), ("per_peer", 2)])
+def test_training_pixels_are_pils(photos: Path, views: str, view: int) -> None:
     listing = list_folder(photos)[0]
-    pipeline = _open(photos, **_RAW)
-    for step, batch in enumerate(pipeline.train(6, 0, slice(0, 8))):
-        uniforms = order.augmentation(5, 6, step, 8, windows.COLUMNS)
+    pipeline = _open(photos, views=views, **_RAW)
+    for step, batch in enumerate(pipeline.train(6, 0, slice(0, 8), (1, view))):
+        uniforms = order.augmentation(5, 6, step, 8, windows.COLUMNS, view)
         draws = windows.crop_draws(uniforms, (0.08, 1.0), (3 / 4, 4 / 3))
         flips = windows.flips(draws)
         for row, index in enumerate(batch.ids.tolist()):
@@ -114,7 +141,7 @@ def test_training_pixels_are_pils(photos: Path) -> None:
                 crop = image.convert("RGB").crop((left, top, left + width, top + height))
             expected = np.asarray(crop.resize((48, 48), Image.Resampling.BILINEAR)).astype(int)
             expected = expected[:, ::-1] if flips[row] else expected
-            difference = np.abs(batch.images[row].permute(1, 2, 0).round().numpy() - expected)
+            difference = np.abs(batch.views[1][row].permute(1, 2, 0).round().numpy() - expected)
             # PIL rounds to bytes between its two passes, and a decoded window has no colour from beyond its edges,
             # which moves a few bytes by 2 or 3. A window one pixel off would give a mean above 3.
             assert difference.max() <= 5, listing.path(index)
@@ -215,3 +242,6 @@ def test_mixed_decoding_is_close_to_the_cpu(tmp_path: Path) -> None:
         assert torch.equal(a.targets, b.targets.cpu())
         assert (a.images - b.images.cpu()).abs().mean() < 2
     cutting.assert_rows_do_not_depend_on_the_cut(pipelines[1])
+    for views in ("shared", "per_peer"):
+        pipeline = open_pipeline(_config(tmp_path, views=views), 5, torch.device("cuda"))
+        cutting.assert_a_view_is_the_same_in_any_company(pipeline)

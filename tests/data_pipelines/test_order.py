@@ -51,6 +51,15 @@ def test_against_philox_in_integers(seed: int, epoch: int, step: int) -> None:
     assert order.epoch_order(seed, epoch, 50).tolist() == sorted(range(50), key=words.__getitem__)
 
 
+def test_golden_held_out() -> None:
+    words = _words(7, 3, 0, 0, 10)
+    drawn = sorted(range(10), key=words.__getitem__)
+    rest, held_out = order.hold_out(7, 10, 3)
+    assert held_out.tolist() == sorted(drawn[:3])
+    assert rest.tolist() == sorted(drawn[3:])
+    assert order.hold_out(7, 10, 0)[0].tolist() == list(range(10))
+
+
 def test_each_epoch_is_another_permutation() -> None:
     seen = set()
     for seed in range(3):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines import DataConfig, Pipeline, open_pipeline, order
+from data_pipelines import DataConfig, DataError, Pipeline, open_pipeline, order
 from data_pipelines.pixels import Normalise
 from data_pipelines.readers import STANDARD
 from data_pipelines.resident import augment
@@ -43,6 +43,49 @@ def test_a_batch_is_as_promised(pipeline: Pipeline, fashion: Path) -> None:
 
 def test_rows_do_not_depend_on_the_cut(pipeline: Pipeline) -> None:
     cutting.assert_rows_do_not_depend_on_the_cut(pipeline)
+
+
+def test_a_view_is_the_same_in_any_company(pipeline: Pipeline, fashion: Path) -> None:
+    cutting.assert_a_view_is_the_same_in_any_company(pipeline)
+    per_peer = _open(fashion, views="per_peer")
+    assert all(
+        cutting.same(a, b)
+        for a, b in zip(per_peer.train(1, 0, slice(0, 9)), pipeline.train(1, 0, slice(0, 9)), strict=True)
+    )
+
+
+def test_what_is_held_out_is_never_trained_on(fashion: Path) -> None:
+    split = STANDARD["fashion_mnist"].read(fashion)[0]
+    pipeline = _open(fashion, held_out=0.2, mean=[0.0], std=[1 / 255])
+    cutting.assert_what_is_held_out_is_never_trained_on(pipeline, 12, split.labels)
+    (batch,) = pipeline.held_out(0, 1, 12)
+    shown = batch.images.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(shown, split.images[batch.ids.numpy()], atol=1e-4)
+
+
+def test_too_little_is_left_or_held_out(fashion: Path) -> None:
+    for part, message in (
+        (
+            0.9,
+            f"global_batch: expected at most the 7 training samples of {fashion} that held_out = 0.9 leaves, found 10",
+        ),
+        (0.01, "held_out: 0.01 of 61 training samples is less than one of them"),
+    ):
+        with pytest.raises(DataError) as caught:
+            _open(fashion, held_out=part)
+        assert str(caught.value) == message
+
+
+def test_views_follow_their_own_random_numbers(fashion: Path) -> None:
+    pipeline = _open(fashion, mean=[0.25], std=[0.5])
+    images = STANDARD["fashion_mnist"].read(fashion)[0].images
+    for step, batch in enumerate(pipeline.train(4, 0, slice(0, 10), (3, 1))):
+        for pixels, view in zip(batch.views, (3, 1), strict=True):
+            uniforms = order.augmentation(5, 4, step, 10, 3, view)
+            for row, index in enumerate(batch.ids.tolist()):
+                expected = _reference(images[index], uniforms[row], 4, "reflect", True).astype(np.float64)
+                actual = pixels[row].permute(1, 2, 0).numpy()
+                np.testing.assert_allclose(actual, (expected / 255 - 0.25) / 0.5, atol=1e-6)
 
 
 def test_an_epoch_can_begin_anywhere(pipeline: Pipeline) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from engine.config import ConfigError, RunConfig, describe, dump, load, validate
 from engine.placement import plan
+from losses import METHODS
 
 BASE: dict[str, Any] = {
     "name": "run",
@@ -53,7 +54,7 @@ UNLIKE_NAMES = [{"network": "cifar_resnet8_b", "copies": 2, "name": "a"}, {"netw
         ({"optimizer": {"lr": float("inf")}}, "optimizer.lr = inf: expected a finite number"),
         (
             {"method": {"name": "dmll"}},
-            "method.name = 'dmll': expected one of independent, dml; did you mean 'dml'?",
+            f"method.name = 'dmll': expected one of {', '.join(METHODS)}; did you mean 'dml'?",
         ),
         (
             {"method": {"combine": "men"}},

@@ -15,6 +15,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "dml": {"name": "dml"},
     "dml_sum_T2": {"name": "dml", "combine": "sum", "temperature": 2.0, "weight": 0.5},
     "dml_sequential": {"name": "dml", "order": "sequential"},
+    "dcm": {"name": "dcm"},
+    "dcl": {"name": "dcl", "interval": 2, "beta": 0.5},
+    "codistillation": {"name": "codistillation", "burn_in": 2, "interval": 3},
+    "kdcl": {"name": "kdcl"},
 }
 
 

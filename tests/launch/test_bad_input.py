@@ -31,8 +31,8 @@ train: {{epochs: 2}}
 """
 
 SECTIONS = (
-    "checkpoint, data, device, dir, evaluation, log, method, name, optimizer, peers, placement, precision, schedule, "
-    "seed, train"
+    "checkpoint, data, device, dir, evaluation, log, method, name, optimizer, peers, placement, precision, report, "
+    "schedule, seed, train"
 )
 GET_FASHION = (
     "Get the four *-ubyte.gz files from https://github.com/zalandoresearch/fashion-mnist, "
@@ -244,7 +244,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "misspelt_data_key": (
         "data.paddng=3",
         "data.paddng = 3: unknown key; did you mean 'padding'?; data has: crop_area, crop_ratio, dataset, decoder, "
-        "flip, global_batch, image_size, mean, padding, padding_mode, resize, root, std, threads, views",
+        "flip, global_batch, held_out, image_size, mean, padding, padding_mode, resize, root, std, threads, views",
     ),
     "padding_too_wide": ("data.padding=28", "data.padding: expected less than the image's 28 pixels, found 28"),
     # The command line.

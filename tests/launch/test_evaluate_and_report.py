@@ -42,6 +42,8 @@ def test_report_has_every_peer_of_every_run_and_a_picture(run: Path, tmp_path: P
         row = next(line for line in out.splitlines() if f" {name} " in line)
         assert f"{last[f'val/{name}/top1']:.2f}" in row
         assert any(f"{name} (average)" in line for line in out.splitlines())
+    mean = sum(last[f"val/cifar_resnet8_b-{k}/top1"] for k in range(2)) / 2
+    assert f"one: deployed: the mean of the peers, top-1 {mean:.2f} %" in out.splitlines()
     assert out.startswith((tmp_path / "both.txt").read_text().rstrip())
     header = (tmp_path / "both.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"

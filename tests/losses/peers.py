@@ -13,7 +13,7 @@ def peers(
     count: int, num_classes: int, num_features: int = 8, stages: Sequence[tuple[int, int]] = ()
 ) -> list[PeerInfo]:
     """`count` peers alike."""
-    return [PeerInfo(k, num_classes, num_features, stages, _absent, _absent) for k in range(count)]
+    return [PeerInfo(k, num_classes, num_features, stages, _absent, _absent, _absent) for k in range(count)]
 
 
 def _absent(*arguments: object) -> nn.Module:
