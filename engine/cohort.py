@@ -22,7 +22,7 @@ from data_pipelines import Batch
 from engine.config import RunConfig
 from engine.exchange import Exchange
 from engine.gradients import scale_gradient
-from engine.optim import make_optimizer, make_schedule
+from engine.optim import make_optimizer, make_schedule, set_weight_decay
 from engine.placement import Placement
 from engine.randomness import before_forward, initialisation
 from engine.teacher import Teacher
@@ -115,7 +115,7 @@ class Cohort:
         self.wrapped_method = self._averaged_over_all(self.method)
         self.wrapped_trunk = self.trunk and self._averaged_over_all(self.trunk)
         learns = any(p.requires_grad for p in self.shared.parameters())
-        self.shared_optimizer = self._optimizer(self.shared) if learns else None
+        self.shared_optimizer = self._optimizer(self.shared, method.weight_decay(config.method)) if learns else None
         whole_at_once = len(self.turns) == 1 and method.exchange != "differentiable"
         if not whole_at_once and any(p.requires_grad for p in self.method.parameters()):
             # Their gradient is whole on every rank only if every rank computes the whole objective of its rows at once.
@@ -225,8 +225,10 @@ class Cohort:
             ema=ema,
         )
 
-    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+    def _optimizer(self, module: nn.Module, decay_of_method: float | None = None) -> torch.optim.Optimizer:
         optimizer = make_optimizer(module, self.config.optimizer)
+        if decay_of_method is not None:
+            set_weight_decay(optimizer, self.method.parameters(), decay_of_method)
         schedule = make_schedule(optimizer, self.config.schedule, self.config.train.epochs, self._steps_per_epoch)
         self._schedules.append(schedule)
         return optimizer
@@ -234,6 +236,11 @@ class Cohort:
     def _averaged_over_all(self, module: nn.Module) -> nn.Module:
         learns = any(p.requires_grad for p in module.parameters())
         return _average_gradients(module, dist.group.WORLD, self.device) if learns else module
+
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether any gradient of this cohort is averaged over ranks, here or elsewhere."""
+        return self.placement.replicas > 1 or (self.placement.world > 1 and self.shared_optimizer is not None)
 
     @property
     def views(self) -> Sequence[int]:

@@ -70,6 +70,18 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return optimizer
 
 
+def set_weight_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], decay: float) -> None:
+    """Gives those of `parameters` that decay at all a weight decay of their own."""
+    chosen = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in chosen]
+        if not mine or not group["weight_decay"]:
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        optimizer.add_param_group({**group, "params": mine, "weight_decay": decay})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: ScheduleConfig, epochs: int, steps_per_epoch: int
 ) -> Scheduler:

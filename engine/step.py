@@ -79,6 +79,27 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
     return total, skipped
 
 
+def settle(cohort: Cohort, rows: int, progress: Progress) -> None:
+    """One pass forward and backward on black images, of which nothing is kept.
+
+    DDP lays its buckets out anew after the first backward pass, and the sum over three or more ranks rounds differently
+    in another layout. So that a resumed run adds up like one that never stopped, the layout is settled before the
+    first step of either.
+    """
+    side, device = cohort.image_size, cohort.device
+    images = torch.zeros(rows, cohort.channels, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    nothing = torch.zeros(rows, dtype=torch.int64, device=device)
+    batch = Batch((images,) * len(cohort.views), nothing, nothing)
+    cohort.begin_step(progress.step)
+    own = cohort.forward(batch, progress, 0, range(cohort.placement.num_peers))
+    signals = cohort.exchange(own, cohort.method.exchange, private=cohort.method.private)
+    for turn in cohort.turns:
+        terms = cohort.objective([k for k in turn if k in cohort.residents], signals, nothing, progress, 0)
+        if terms:
+            torch.stack(list(terms.values())).sum().backward()
+    cohort.restore_buffers(torch.ones(1, device=device))
+
+
 def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> Tensor:
     """Steps the optimisers of this turn, unless some rank of the world met a non-finite loss or gradient."""
     residents = [cohort.residents[k] for k in learners]

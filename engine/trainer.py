@@ -24,7 +24,7 @@ from engine.guards import check_same_rows, check_same_weights
 from engine.meter import Meter
 from engine.placement import Placement
 from engine.preflight import check
-from engine.step import train_step
+from engine.step import settle, train_step
 from engine.timing import Clock
 from engine.tracking import Tracker, record_start
 from losses import Progress
@@ -116,6 +116,9 @@ class _Run:
         self.best: Best | None = None
         self.tracker: Tracker | None = None
         self._resume()
+        if self.step < self.steps and self.cohort.averages_gradients:
+            share = config.data.global_batch // placement.replicas // config.train.accumulation
+            settle(self.cohort, share, Progress(self.step, self.steps_per_epoch, config.train.epochs))
         self.clock = Clock(device)
         self._last_line = (time.perf_counter(), self.step)
 

@@ -150,6 +150,11 @@ class Method(nn.Module, ABC):
     one_view: ClassVar[bool] = False
     """Whether all peers must see one augmentation of an image, as where a module that they share looks at `trunk`."""
 
+    @classmethod
+    def weight_decay(cls, options: Any) -> float | None:
+        """Weight decay of the modules that all peers share, where it is not that of the networks."""
+        return None
+
     def head(self, peer: PeerInfo) -> nn.Module | None:
         """Builds what is attached to one peer and left behind at export: {`logits`, `features`, maps} -> further
         signals."""

@@ -22,6 +22,7 @@ class FFLOptions(MethodOptions):
     ramp_up_epochs: int = Field(
         80, ge=0, description="epochs in which distillation gains its weight: 80 in the published code; 0: none"
     )
+    fusion_weight_decay: float = Field(1e-5, ge=0, description="weight decay of the fusion; 1e-5 in the published code")
 
 
 class Fusion(nn.Module):
@@ -102,6 +103,10 @@ class FFL(Method):
 
     def head(self, peer: PeerInfo) -> nn.Module:
         return LastMap(len(peer.stages))
+
+    @classmethod
+    def weight_decay(cls, options: FFLOptions) -> float | None:
+        return options.fusion_weight_decay
 
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from engine.config import ConfigError, OptimizerConfig, ScheduleConfig
-from engine.optim import check_optimizer, gradient_norm, make_optimizer, make_schedule, update
+from engine.optim import (
+    check_optimizer,
+    gradient_norm,
+    make_optimizer,
+    make_schedule,
+    set_weight_decay,
+    update,
+)
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -168,3 +175,21 @@ def test_gradient_norm_is_that_of_all_gradients_together() -> None:
     np.testing.assert_allclose(float(gradient_norm(module.parameters())), math.sqrt(squares), rtol=1e-6)
     module[0].weight.grad[0, 0] = torch.inf
     assert not gradient_norm(module.parameters()).isfinite()
+
+
+@pytest.mark.parametrize("all_decay", [True, False])
+def test_some_modules_may_decay_by_a_rate_of_their_own(all_decay: bool) -> None:
+    """One step at a zero gradient: w <- w - lr * decay * w, and biases stay if they do not decay."""
+    module = nn.ModuleDict({"network": nn.Linear(3, 2), "fusion": nn.Linear(2, 2)})
+    config = OptimizerConfig(name="momentum", lr=0.5, weight_decay=0.1, decay_norm_and_bias=all_decay)
+    optimizer = make_optimizer(module, config)
+    set_weight_decay(optimizer, module["fusion"].parameters(), 0.01)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in module.named_parameters():
+        decay = 0.01 if name.startswith("fusion") else 0.1
+        shrunk = 1 - 0.5 * decay if all_decay or name.endswith("weight") else 1.0
+        assert torch.allclose(p, before[name] * shrunk, rtol=1e-6, atol=0), name
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4

@@ -120,6 +120,14 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tiny: Path, tmp_p
     assert_goes_on_as_if_nothing_happened(tmp_path, undisturbed("dml", 2, 2))
 
 
+def test_three_replicas_add_up_in_the_same_order_after_a_kill(tiny: Path, tmp_path: Path, undisturbed: Any) -> None:
+    """A sum of three numbers, unlike one of two, depends on its order, which DDP's layout of buckets decides."""
+    config = a_run(tiny, tmp_path, "dml", placement={"kind": "colocated"})
+    kill_after_step(3, config, 7)
+    run_ranks(3, train_here, config)
+    assert_goes_on_as_if_nothing_happened(tmp_path, undisturbed("dml", 2, 3, placement={"kind": "colocated"}))
+
+
 def test_a_run_goes_on_in_the_middle_of_an_epoch(tiny: Path, tmp_path: Path, undisturbed: Any) -> None:
     """Its order and augmentation must go on with the batch that is next, not with the epoch's first."""
     config = a_run(tiny, tmp_path, "dml")
