@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from data_pipelines import Batch
+from data_pipelines import Batch, Pipeline
 from engine.config import RunConfig
 from engine.exchange import Exchange
 from engine.gradients import scale_gradient
@@ -135,6 +135,19 @@ class Cohort:
         self._remembered = [[b for b in every if b.dtype == dtype] for dtype in {b.dtype: None for b in every}]
         self._before = [_flat(buffers) for buffers in self._remembered]
         self.nothing = torch.zeros((), device=device)
+
+    @classmethod
+    def on(cls, pipeline: Pipeline, config: RunConfig, placement: Placement, device: torch.device) -> Cohort:
+        """The cohort for the images of a pipeline."""
+        return cls(
+            config,
+            placement,
+            device,
+            num_classes=pipeline.num_classes,
+            channels=pipeline.channels,
+            image_size=pipeline.image_size,
+            steps_per_epoch=pipeline.steps_per_epoch,
+        )
 
     def _outline(self, index: int) -> _Outline:
         """What a method wants to know of a peer, found without memory for its weights, wherever the peer lives."""

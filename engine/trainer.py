@@ -102,15 +102,7 @@ class _Run:
         self.config, self.placement, self.device, self.pipeline = config, placement, device, pipeline
         self.steps_per_epoch = pipeline.steps_per_epoch
         self.steps = config.train.epochs * self.steps_per_epoch
-        self.cohort = Cohort(
-            config,
-            placement,
-            device,
-            num_classes=pipeline.num_classes,
-            channels=pipeline.channels,
-            image_size=pipeline.image_size,
-            steps_per_epoch=self.steps_per_epoch,
-        )
+        self.cohort = Cohort.on(pipeline, config, placement, device)
         self.meter = Meter(placement, device)
         self.step = 0
         self.best: Best | None = None

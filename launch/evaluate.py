@@ -41,15 +41,7 @@ def main() -> None:
         check_data(config)
         start(launch, device)
         pipeline = open_pipeline(config.data, config.seed, device)
-        cohort = Cohort(
-            config,
-            placement,
-            device,
-            num_classes=pipeline.num_classes,
-            channels=pipeline.channels,
-            image_size=pipeline.image_size,
-            steps_per_epoch=pipeline.steps_per_epoch,
-        )
+        cohort = Cohort.on(pipeline, config, placement, device)
         checkpoint.load(options.run, manifest, cohort)
         values = evaluate_cohort(cohort, pipeline)
         pipeline.close()

@@ -40,15 +40,7 @@ def _steps(config: RunConfig, steps: int, watch_from: int | None = None) -> tupl
     try:
         pipeline = open_pipeline(config.data, config.seed, device)
         placement = plan(config, launch.world, launch.rank)
-        cohort = Cohort(
-            config,
-            placement,
-            device,
-            num_classes=pipeline.num_classes,
-            channels=pipeline.channels,
-            image_size=pipeline.image_size,
-            steps_per_epoch=pipeline.steps_per_epoch,
-        )
+        cohort = Cohort.on(pipeline, config, placement, device)
         meter, clock, losses = Meter(placement, device), Clock(device), []
         rows = placement.rows(config.data.global_batch)
         done = 0
