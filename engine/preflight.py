@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import data_pipelines
 import models
+from data_pipelines import DataConfig
 from engine import checkpoint
 from engine.cohort import looks_at_stages
 from engine.collectives import Launch, choose_device
-from engine.config import ConfigError, RunConfig, check_data, load
+from engine.config import ConfigError, RunConfig
+from engine.config_file import load
 from engine.optim import check_optimizer
 from engine.placement import Placement, plan
 from losses import METHODS
@@ -75,6 +78,15 @@ def _check_stages(config: RunConfig) -> None:
                 f"method.name = {method.name}: cannot train {peer.network} on images of {config.data.side} pixels: "
                 f"{error}"
             ) from None
+
+
+def check_data(config: RunConfig) -> None:
+    """Looks at what is on disk, before any device is touched. Raises: ConfigError."""
+    try:
+        data_pipelines.check(config.data)
+    except (data_pipelines.DataError, ImportError) as error:
+        word = str(error).partition(":")[0]
+        raise ConfigError(f"data{'.' if word in DataConfig.model_fields else ': '}{error}") from None
 
 
 def _check_folder(config: RunConfig) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig, load
+from engine.config import RunConfig
+from engine.config_file import load
 from engine.tracking import read_metrics
 
 

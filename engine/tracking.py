@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from engine.config import RunConfig, dump
+from engine.config import RunConfig
+from engine.config_file import dump
 from engine.files import write_json, write_text
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "wandb", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "pydantic")

@@ -26,7 +26,8 @@ import models
 from data_pipelines import Batch
 from engine.cohort import Cohort
 from engine.collectives import Launch, choose_device, start
-from engine.config import RunConfig, validate
+from engine.config import RunConfig
+from engine.config_file import validate
 from engine.meter import Meter
 from engine.placement import plan
 from engine.step import train_step

@@ -17,10 +17,10 @@ from data_pipelines import open_pipeline
 from engine import checkpoint
 from engine.cohort import Cohort
 from engine.collectives import Launch, choose_device, start
-from engine.config import check_data
 from engine.evaluation import evaluate_cohort
 from engine.files import write_json
 from engine.placement import plan
+from engine.preflight import check_data
 from launch.entry import parser, user_errors
 from launch.run_folder import open_run
 

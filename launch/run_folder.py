@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine import checkpoint, config
+from engine import checkpoint, config_file
 from engine.checkpoint import CheckpointError, Manifest
 from engine.config import ConfigError, RunConfig
 
@@ -19,7 +19,7 @@ def open_run(run: Path, which: str, overrides: Sequence[str] = ()) -> tuple[RunC
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: not a run's folder: it has no config.yaml; expected a folder that train.py wrote")
-    settings = config.load(run / "config.yaml", overrides)
+    settings = config_file.load(run / "config.yaml", overrides)
     newest, damaged = checkpoint.newest(run)
     if newest is None:
         raise CheckpointError("\n".join([*damaged, f"{run}: has no checkpoint that can be used"]))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from engine import config as configuration
+from engine import config_file as configuration
 from engine import report
 from engine.collectives import Launch
 from engine.preflight import check

@@ -9,7 +9,8 @@ import torch
 
 from engine import checkpoint
 from engine.collectives import Launch
-from engine.config import RunConfig, validate
+from engine.config import RunConfig
+from engine.config_file import validate
 from engine.trainer import train
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import load
+from engine.config_file import load
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.stem not in ("base", "quickstart"))

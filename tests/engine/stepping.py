@@ -12,7 +12,8 @@ from torch import Tensor
 
 from data_pipelines import Batch
 from engine.cohort import Cohort
-from engine.config import RunConfig, validate
+from engine.config import RunConfig
+from engine.config_file import validate
 from engine.placement import plan
 from engine.step import train_step
 from engine.timing import Clock

@@ -12,7 +12,8 @@ import torch
 import models
 from data_pipelines import Batch
 from engine.cohort import Cohort
-from engine.config import ConfigError, RunConfig, validate
+from engine.config import ConfigError, RunConfig
+from engine.config_file import validate
 from engine.placement import plan
 from losses import Progress
 from models.stages import plain_state

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from data_pipelines.readers import STANDARD
-from engine.config import ConfigError, describe, dump, load, validate
+from engine.config import ConfigError
+from engine.config_file import describe, dump, load, validate
 
 WHOLE = """\
 name: small

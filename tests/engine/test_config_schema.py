@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine.config import ConfigError, RunConfig, describe, dump, load, validate
+from engine.config import ConfigError, RunConfig
+from engine.config_file import describe, dump, load, validate
 from engine.placement import plan
 from losses import METHODS
 

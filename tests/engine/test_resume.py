@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from engine import checkpoint
-from engine.config import RunConfig, dump
+from engine.config import RunConfig
+from engine.config_file import dump
 from engine.files import digest
 from tests.kills import (
     assert_same_state,

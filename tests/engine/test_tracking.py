@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.config import RunConfig, dump, load
+from engine.config import RunConfig
+from engine.config_file import dump, load
 from engine.tracking import Tracker, read_metrics
 from engine.trainer import TrainingDivergedError
 from tests.runs import small_run, train_here

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import models
 from engine.checkpoint import folder_of, read_state
-from engine.config import load
+from engine.config_file import load
 from tests.launch.command import run_command
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.config import describe, load
+from engine.config_file import describe, load
 from engine.tracking import read_metrics
 from launch.train import main
 from tests.kills import assert_same_state, final_state, numbers

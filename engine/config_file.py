@@ -1,0 +1,233 @@
+"""Config files: reading them with what they inherit, and telling whoever wrote one what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from engine.config import ConfigError, PeerConfig, RunConfig
+from losses import METHODS
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, and a key that stands twice is a mistake rather than silently lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise ConfigError(f"{key.start_mark.name}:{key.start_mark.line + 1}: key {name!r} stands twice")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a config file with everything it inherits, applies `section.key=value` overrides and validates the whole.
+
+    Raises:
+        ConfigError: naming every wrong key, its value, what was expected and the nearest valid choice.
+    """
+    raw = _read(Path(path), ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.\w+)*", key):
+            raise ConfigError(f"{override!r}: expected section.key=value, such as train.epochs=10")
+        _set(raw, key, _parse(text, f"override {key}"))
+    return validate(raw)
+
+
+def validate(raw: Mapping[str, Any]) -> RunConfig:
+    """Makes a run of plain data. Raises: ConfigError, with a line for each mistake."""
+    try:
+        return TypeAdapter(RunConfig).validate_python(dict(raw))
+    except ValidationError as error:
+        lines = [_explain(details, raw) for details in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML that `load` takes."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        loader = _Loader(text)
+        loader.name = where
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: inherits from itself through base: {' -> '.join(p.name for p in (*seen, path))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        by = f" (base of {seen[-1]})" if seen else ""
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        near = difflib.get_close_matches(path.name, _yaml_names(path.parent), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{path}{by}: cannot be read: {reason}{hint}") from None
+    raw = _parse(text, str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected sections with keys, found {type(raw).__name__}")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base = {base!r}: expected the path of another config, relative to this one")
+    return _merge(_read(path.parent / base, (*seen, path)), raw)
+
+
+def _yaml_names(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")] if folder.is_dir() else []
+
+
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` over `base`, section by section. A section that names another kind of thing starts afresh, since the
+    options of the one are not options of the other."""
+    merged = dict(base)
+    for key, value in own.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            default = getattr(getattr(RunConfig.model_fields.get(key), "default", None), "name", None)
+            before = {"name": old.get("name", default), "dataset": old.get("dataset")}
+            renamed = any(before[tag] not in (None, value.get(tag, before[tag])) for tag in before)
+            merged[key] = value if renamed else _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    here: Any = raw
+    for i, part in enumerate(path):
+        where = ".".join(path[: i + 1])
+        if isinstance(here, list):
+            here = here[_index(here, part, where)]
+        else:
+            if here.get(part) is None:
+                here[part] = {}
+            here = here[part]
+        if not isinstance(here, dict | list):
+            raise ConfigError(f"{key}: {where} = {here!r} has no keys below it")
+    if isinstance(here, list):
+        here[_index(here, last, key)] = value
+    else:
+        here[last] = value
+
+
+def _index(items: list[Any], part: str, where: str) -> int:
+    if not part.isdecimal() or int(part) >= len(items):
+        valid = f"an index from 0 to {len(items) - 1}" if items else "no index, as the list is empty"
+        raise ConfigError(f"{where}: expected {valid}, found {part!r}")
+    return int(part)
+
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "keys with values",
+    "model_type": "a section with keys",
+    "model_attributes_type": "a section with keys",
+    "path_type": "a path",
+    "finite_number": "a finite number",
+    "invalid_key": "text as a key",
+}
+
+
+def _explain(error: ErrorDetails, raw: Mapping[str, Any]) -> str:
+    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    loc = [
+        part for i, part in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "method" and part in METHODS)
+    ]
+    key = ".".join(str(part) for part in loc)
+    if kind == "extra_forbidden":
+        valid = sorted(_fields(loc[:-1], raw))
+        section = ".".join(str(part) for part in loc[:-1]) or "a config"
+        return f"{key} = {value!r}: unknown key{_nearest(str(loc[-1]), valid)}; {section} has: {', '.join(valid)}"
+    if kind == "missing":
+        return f"{key}: missing; expected a value"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        name = value.get("name") if isinstance(value, dict) else value
+        return f"{key}.name = {name!r}: expected one of {', '.join(METHODS)}{_nearest(str(name), list(METHODS))}"
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']*)'", str(context["expected"]))
+        return f"{key} = {value!r}: expected one of {', '.join(valid)}{_nearest(str(value), valid)}"
+    if kind == "value_error":
+        return f"{key}.{context['error']}" if key else str(context["error"])
+    if kind == "string_pattern_mismatch":
+        return f"{key} = {value!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit"
+    if kind == "too_short":
+        return f"{key} = {value!r}: expected at least {context['min_length']} item{'s' * (context['min_length'] > 1)}"
+    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        return f"{key} = {value!r}: expected a value {error['msg'].removeprefix('Input should be ')}"
+    expected = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
+    return f"{key} = {value!r}: expected {expected}"
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _fields(loc: Sequence[int | str], raw: Mapping[str, Any]) -> Iterator[str]:
+    """The valid keys of the section at `loc`."""
+    if list(loc[:1]) == ["method"]:
+        section = raw["method"]
+        yield from METHODS[section["name"]].Options.model_fields
+        return
+    model: type[BaseModel] = RunConfig
+    for part in loc:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = next(t for t in (annotation, *typing.get_args(annotation)) if _is_section(t))
+    yield from model.model_fields
+
+
+def describe() -> str:
+    """Every key of a config, with its default and what it means."""
+    lines: list[str] = []
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            inner = next((t for t in (field.annotation, *typing.get_args(field.annotation)) if _is_section(t)), None)
+            if name == "method" and model is RunConfig:
+                for method in METHODS.values():
+                    walk(method.Options, "method.")
+            elif inner is not None:
+                walk(inner, f"{prefix}{name}." + ("N." if inner is PeerConfig else ""))
+            else:
+                default = "" if field.is_required() else f" = {'null' if field.default is None else field.default}"
+                meaning = field.description or str(model.__doc__).splitlines()[0]
+                lines.append(f"{prefix}{name}{default}\n    {meaning}")
+
+    walk(RunConfig, "")
+    return "\n".join(lines)
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
