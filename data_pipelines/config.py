@@ -154,6 +154,11 @@ class DataConfig(BaseModel):
         return STANDARD[self.dataset]
 
     @property
+    def num_classes(self) -> int | None:
+        """Classes of the data set; None for image_folder, whose folders say."""
+        return None if self.dataset == "image_folder" else len(self._standard.class_names)
+
+    @property
     def channels(self) -> int:
         """Channels of an image."""
         return 3 if self.dataset == "image_folder" else self._standard.channels

@@ -220,7 +220,13 @@ class RunConfig(_Section):
             raise ValueError(f"peers: name {twice[0]!r} is used twice; expected a different name for each peer")
         for index, peer in enumerate(self.peers):
             try:
-                models.check(peer.network, peer.options, pretrained=peer.pretrained)
+                models.check(
+                    peer.network,
+                    peer.options,
+                    num_classes=self.data.num_classes or 1000,
+                    in_channels=self.data.channels,
+                    pretrained=peer.pretrained,
+                )
             except ValueError as error:
                 raise ValueError(f"peers.{index}: {error}") from None
         try:

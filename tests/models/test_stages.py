@@ -118,3 +118,25 @@ def test_cut_at_a_place_that_is_not_there_names_those_that_are(after: str) -> No
     ) as e:
         cut(network, after)
     assert repr(after) in str(e.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "side"), [("cifar_resnet20_a", 32), ("cifar_wrn_16_2", 32), ("timm/resnet18", 64)])
+def test_taps_survive_compilation(name: str, side: int) -> None:
+    torch._dynamo.reset()
+    network, images = _network(name, 3), torch.randn(2, 3, side, side)
+    outputs = {f"stage{j}": stage.module for j, stage in enumerate(stages(network, 3, side), 1)}
+    classifier, _ = models.pooled_features(network)
+    eager = copy.deepcopy(network)
+    taps = Taps(network, outputs, {"features": classifier})
+    network.compile()
+    for _ in range(2):
+        logits, maps = network(images), taps.take()
+        reference = copy.deepcopy(eager)
+        reference_taps = Taps(reference, outputs, {"features": classifier})
+        torch.testing.assert_close(logits, reference(images), rtol=1e-4, atol=1e-4)
+        expected = reference_taps.take()
+        assert maps.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(maps[key], value, rtol=1e-4, atol=1e-4)
+            assert maps[key].requires_grad
