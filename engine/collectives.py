@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from engine.config import ConfigError
+from engine.gradients import contiguous_gradient
 
 FIRST_STEP_TIMEOUT = timedelta(minutes=30)
 """Compilation, cuDNN's search and a cold file system all fall before the end of the first step."""
@@ -86,4 +87,5 @@ def all_gather_with_gradient(tensor: Tensor, group: dist.ProcessGroup) -> Tensor
         gathered = funcol.all_gather_tensor_autograd(tensor, 0, group)
     if isinstance(gathered, funcol.AsyncCollectiveTensor):
         gathered = gathered.wait()
-    return gathered.view(group.size(), -1)
+    # Before torch 2.13 the backward pass refuses an expanded gradient, such as that of a sum.
+    return contiguous_gradient(gathered).view(group.size(), -1)
