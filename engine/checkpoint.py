@@ -174,6 +174,7 @@ def _state_of(resident: Resident) -> dict[str, Any]:
         "network": plain_state(resident.whole),
         "head": peer.head and peer.head.state_dict(),
         "optimizer": resident.optimizer.state_dict(),
+        "outer": resident.outer_optimizer and resident.outer_optimizer.state_dict(),
         "ema": resident.ema and plain_state(resident.ema.module),
     }
 
@@ -262,6 +263,8 @@ def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:
         if resident.peer.head is not None:
             resident.peer.head.load_state_dict(state["head"])
         resident.optimizer.load_state_dict(state["optimizer"])
+        if resident.outer_optimizer is not None:
+            resident.outer_optimizer.load_state_dict(state["outer"])
         if resident.ema is not None:
             load_plain_state(resident.ema.module, state["ema"])
     shared = read_state(folder, "shared.pt")

@@ -7,26 +7,28 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import models
 from data_pipelines import Batch, Pipeline
-from engine.config import RunConfig
+from engine.config import ConfigError, RunConfig
 from engine.exchange import Exchange
 from engine.gradients import scale_gradient
 from engine.optim import make_optimizer, make_schedule, set_weight_decay
 from engine.placement import Placement
 from engine.randomness import before_forward, initialisation
+from engine.tables import make_table
 from engine.teacher import Teacher
-from losses import METHODS, Method, MethodOptions, PeerInfo, Progress, Signals, Terms
+from losses import METHODS, Method, MethodOptions, OuterStep, PeerInfo, Progress, Signals, Terms
 from models import heads
 from models.stages import Joined, Stage, Taps, cut, stages
 from models.weightless import weightless
@@ -75,6 +77,9 @@ class Resident:
     wrapped: nn.Module
     """The peer as it is called in training: it averages gradients over its replica group, if that has several ranks."""
     optimizer: torch.optim.Optimizer
+    outer: dict[str, nn.Parameter]
+    """Those parameters of the peer that an outer step moves, by name, and"""
+    outer_optimizer: torch.optim.Optimizer | None
     ema: ModelEmaV3 | Teacher | None
     """The peer's moving average; a method's teacher, where it has one."""
 
@@ -116,7 +121,7 @@ class Cohort:
         self.wrapped_trunk = self.trunk and self._averaged_over_all(self.trunk)
         learns = any(p.requires_grad for p in self.shared.parameters())
         self.shared_optimizer = self._optimizer(self.shared, method.weight_decay(config.method)) if learns else None
-        whole_at_once = len(self.turns) == 1 and method.exchange != "differentiable"
+        whole_at_once = len(self.turns) == 1 and self.method.exchange != "differentiable"
         if not whole_at_once and any(p.requires_grad for p in self.method.parameters()):
             # Their gradient is whole on every rank only if every rank computes the whole objective of its rows at once.
             raise ValueError(f"{method.name}: modules that all peers share need one turn and signals without gradient")
@@ -138,8 +143,8 @@ class Cohort:
 
     @classmethod
     def on(cls, pipeline: Pipeline, config: RunConfig, placement: Placement, device: torch.device) -> Cohort:
-        """The cohort for the images of a pipeline."""
-        return cls(
+        """The cohort for the images of a pipeline. Raises: ConfigError, where they are not fit for the method."""
+        cohort = cls(
             config,
             placement,
             device,
@@ -148,6 +153,15 @@ class Cohort:
             image_size=pipeline.image_size,
             steps_per_epoch=pipeline.steps_per_epoch,
         )
+        cohort.prepare(torch.from_numpy(pipeline.train_targets))
+        return cohort
+
+    def prepare(self, classes: Tensor) -> None:
+        """Tells the method of the training images' classes, int64 [n], see `Method.prepare`. Raises: ConfigError."""
+        try:
+            self.method.prepare(classes.to(self.device), partial(make_table, self.device))
+        except ValueError as error:
+            raise ConfigError(f"method.name = {self.method.name}: {error}") from None
 
     def _outline(self, index: int) -> _Outline:
         """What a method wants to know of a peer, found without memory for its weights, wherever the peer lives."""
@@ -227,7 +241,11 @@ class Cohort:
         if self.config.precision.compile:
             network.compile()
         signals = [name for name in self.method.signals if name != "teacher"]
-        peer = Peer(network, head and head.to(self.device), taps, signals)
+        outer = list(self.method.outer(head)) if head is not None else []
+        outer_optimizer = self._optimizer(nn.ParameterList(outer)) if outer else None
+        for p in outer:
+            p.requires_grad_(False)
+        peer = Peer(network, head and self._placed(head), taps, signals)
         return Resident(
             index=index,
             name=self.config.cohort[index][0],
@@ -235,6 +253,8 @@ class Cohort:
             whole=whole,
             wrapped=_average_gradients(peer, self.replica_group, self.device),
             optimizer=self._optimizer(peer),
+            outer={name: p for name, p in peer.named_parameters() if any(p is other for other in outer)},
+            outer_optimizer=outer_optimizer,
             ema=ema,
         )
 
@@ -328,6 +348,74 @@ class Cohort:
         ]
         return self.wrapped_method(learners, seen, targets, progress)
 
+    def share(self, own: Mapping[int, Signals], batch: Batch) -> Sequence[Signals]:
+        """The one exchange of a step: live signals of the residents -> those of all K peers."""
+        return self._exchanged(own, batch, self.method.exchange)
+
+    def _exchanged(
+        self, own: Mapping[int, Signals], batch: Batch, mode: Literal["none", "detached", "differentiable"]
+    ) -> Sequence[Signals]:
+        method = self.method
+        rows = (batch.targets, batch.ids) if method.everywhere else None
+        return self.exchange(own, mode, private=method.private, everywhere=method.everywhere, rows=rows)
+
+    def outer_gradients(self, batch: Batch, progress: Progress) -> bool:
+        """Gives the residents' outer parameters the gradients that the method has for them, the mean over all replicas.
+
+        Returns:
+            Whether an outer step was due.
+        """
+        groups = {k: r.optimizer.param_groups for k, r in self.residents.items()}
+        decay = {
+            k: {id(p): group["weight_decay"] for group in own for p in group["params"]} for k, own in groups.items()
+        }
+        named = {k: dict(r.peer.named_parameters()) for k, r in self.residents.items()}
+        # torch.compile has no second derivative; float16 would need a scale of its own.
+        with torch.compiler.set_stance("force_eager"):
+            found = self.method.outer_step(
+                OuterStep(
+                    parameters=named,
+                    outer={k: list(r.outer) for k, r in self.residents.items()},
+                    show=partial(self._shown_by, batch=batch, progress=progress),
+                    average=self._mean_over_replicas,
+                    lr=next(iter(groups.values()))[0]["lr"],
+                    momentum=self.config.optimizer.momentum,
+                    weight_decay={
+                        k: {name: decay[k].get(id(p), 0.0) for name, p in own.items()} for k, own in named.items()
+                    },
+                    targets=batch.targets,
+                    progress=progress,
+                )
+            )
+        if found is None:
+            return False
+        for k, gradients in self._mean_over_replicas(found).items():
+            for p, gradient in zip(self.residents[k].outer.values(), gradients, strict=True):
+                p.grad = gradient
+        return True
+
+    def _shown_by(
+        self, parameters: Mapping[int, Mapping[str, Tensor]], batch: Batch, progress: Progress
+    ) -> Sequence[Signals]:
+        """The signals of all K peers as a function of the residents' parameters, see `OuterStep.show`."""
+        own: dict[int, Signals] = {}
+        views = dict(zip(self.placement.residents, itertools.cycle(batch.views), strict=False))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast is torch.bfloat16):
+            for k, resident in self.residents.items():
+                before_forward(self.config.seed, k, progress.step, 0, self.placement.replica, self.device)
+                buffers = {name: b.clone() for name, b in resident.peer.named_buffers()}
+                own[k] = functional_call(resident.peer, {**parameters[k], **buffers}, (views[k],))
+        return self._exchanged(own, batch, "differentiable")
+
+    def _mean_over_replicas(self, tensors: Mapping[int, Sequence[Tensor]]) -> dict[int, list[Tensor]]:
+        if self.replica_group.size() == 1:
+            return {k: list(own) for k, own in tensors.items()}
+        every = [x for own in tensors.values() for x in own]
+        flat = _flat(every)
+        dist.all_reduce(flat, group=self.replica_group)
+        pieces = iter((flat / self.replica_group.size()).split([x.numel() for x in every]))
+        return {k: [next(pieces).view_as(x) for x in own] for k, own in tensors.items()}
+
     @contextlib.contextmanager
     def gradients_stay_here(self, stay: bool) -> Iterator[None]:
         """Gradients of all but the last micro-batch are added up on the rank before they are averaged once."""
@@ -359,9 +447,13 @@ class Cohort:
                 resident.ema.update(resident.whole)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Of each resident, then of the method's shared modules."""
+        """Of each resident, then of the method's shared modules, then of outer steps."""
         shared = [self.shared_optimizer] if self.shared_optimizer else []
-        return [*(r.optimizer for r in self.residents.values()), *shared]
+        return [*(r.optimizer for r in self.residents.values()), *shared, *self.outer_optimizers()]
+
+    def outer_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Of what outer steps move, of each resident that has some."""
+        return [r.outer_optimizer for r in self.residents.values() if r.outer_optimizer is not None]
 
     def networks(self, ema: bool = False) -> dict[int, nn.Module]:
         """The residents' plain networks, or their moving averages."""

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from engine.config import ConfigError
-from engine.gradients import contiguous_gradient
 
 FIRST_STEP_TIMEOUT = timedelta(minutes=30)
 """Compilation, cuDNN's search and a cold file system all fall before the end of the first step."""
@@ -78,14 +76,41 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered.view(group.size(), -1)
 
 
+def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[P, S] of every rank of the group -> for each rank the sum of its slices, flat [S]. One collective."""
+    own = tensor.new_empty(tensor.shape[1])
+    if hasattr(dist, "reduce_scatter_single"):
+        dist.reduce_scatter_single(own, tensor.contiguous().view(-1), group=group)
+    else:
+        dist.reduce_scatter_tensor(own, tensor.contiguous().view(-1), group=group)
+    return own
+
+
 def all_gather_with_gradient(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Flat [S] of every rank of the group -> [P, S]. One collective forward and one backward, which adds up, for each
-    rank's slice, the gradients of all ranks of the group: the gradient of the sum of their objectives."""
-    if hasattr(funcol, "all_gather_single"):
-        gathered = funcol.all_gather_single(tensor, 0, group)
-    else:
-        gathered = funcol.all_gather_tensor_autograd(tensor, 0, group)
-    if isinstance(gathered, funcol.AsyncCollectiveTensor):
-        gathered = gathered.wait()
-    # Before torch 2.13 the backward pass refuses an expanded gradient, such as that of a sum.
-    return contiguous_gradient(gathered).view(group.size(), -1)
+    rank's slice, the gradients of all ranks of the group: the gradient of the sum of their objectives. The backward
+    pass can itself be differentiated, as often as one likes."""
+    return _Gather.apply(tensor, group)
+
+
+# torch's own differentiable collectives have no second derivative.
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Scatter.apply(gradients[0], ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scatter(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(gradients[0].contiguous(), ctx.group), None

@@ -19,21 +19,6 @@ class _Scale(torch.autograd.Function):
         return gradients[0] * ctx.factor, None
 
 
-class _Contiguous(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].contiguous()
-
-
-def contiguous_gradient(x: Tensor) -> Tensor:
-    """`x` itself, whose gradient comes back contiguous."""
-    return _Contiguous.apply(x)
-
-
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """`x` itself, whose gradient is multiplied by `factor` on the way back."""
     return x if factor == 1 else _Scale.apply(x, factor)

@@ -49,7 +49,7 @@ def _options(name: str) -> list[str]:
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser of one peer, fused into one kernel where PyTorch can."""
+    """The optimiser of what of one peer is not frozen, fused into one kernel where PyTorch can."""
     options: dict[str, Any] = dict(config.options)
     if "fused" in inspect.signature(timm.optim.get_optimizer_class(config.name, bind_defaults=False)).parameters:
         options["fused"] = True
@@ -62,6 +62,8 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         filter_bias_and_bn=not config.decay_norm_and_bias,
         **options,
     )
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
     if isinstance(optimizer, torch.optim.SGD):
         # Fused SGD takes its buffers from uninitialised memory at the first update, and keeps them if that is skipped.
         for group in optimizer.param_groups:

@@ -72,7 +72,9 @@ def _check_stages(config: RunConfig) -> None:
         try:
             found = len(stages(network, config.data.channels, config.data.side))
             method.taps(options, found)
-            method.trunk(options, found)
+            trunk = method.trunk(options, found)
+            if trunk is not None and trunk >= found:
+                raise ValueError(f"the peers would share {trunk} stages of {found}, and have none of their own")
         except ValueError as error:
             raise ConfigError(
                 f"method.name = {method.name}: cannot train {peer.network} on images of {config.data.side} pixels: "

@@ -13,7 +13,7 @@ from data_pipelines import Batch
 from engine.cohort import Cohort
 from engine.optim import gradient_norm, unscale, update
 from engine.timing import Clock
-from losses import AfterStep, Progress, Terms
+from losses import AfterStep, Progress, Signals, Terms
 
 
 def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clock: Clock) -> tuple[Terms, Tensor]:
@@ -32,6 +32,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
     everybody = range(cohort.placement.num_peers)
     total: Terms = {}
     skipped = torch.zeros(1, device=cohort.device)
+    everywhere: list[Sequence[Signals]] = []
     cohort.begin_step(progress.step)
 
     for micro, batch in enumerate(batches):
@@ -42,8 +43,9 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
             for turn in cohort.turns:
                 learners = [k for k in turn if k in cohort.residents]
 
-                signals = cohort.exchange(own, cohort.method.exchange, private=cohort.method.private)
+                signals = cohort.share(own, batch)
                 clock.mark("exchange")
+                everywhere.append([_wide(peer) for peer in signals])
 
                 terms = cohort.objective(learners, signals, batch.targets, progress, micro)
                 for key, term in terms.items():
@@ -68,12 +70,15 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
             residents={k: r.peer for k, r in cohort.residents.items()},
             exchange=partial(cohort.exchange, wire=torch.float32),
             average_buffers=cohort.average_buffers,
+            everywhere=everywhere,
             skipped=skipped,
             images=batches[-1].images,
             targets=batches[-1].targets,
             progress=progress,
         )
     )
+    if cohort.outer_optimizers() and cohort.outer_gradients(batches[-1], progress):
+        _outer_update(cohort)
     cohort.update_averages(progress.step)
     clock.mark("optimizer")
     return total, skipped
@@ -92,7 +97,7 @@ def settle(cohort: Cohort, rows: int, progress: Progress) -> None:
     batch = Batch((images,) * len(cohort.views), nothing, nothing)
     cohort.begin_step(progress.step)
     own = cohort.forward(batch, progress, 0, range(cohort.placement.num_peers))
-    signals = cohort.exchange(own, cohort.method.exchange, private=cohort.method.private)
+    signals = cohort.share(own, batch)
     for turn in cohort.turns:
         terms = cohort.objective([k for k in turn if k in cohort.residents], signals, nothing, progress, 0)
         if terms:
@@ -108,8 +113,7 @@ def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> Tensor:
         modules.append((cohort.shared, cohort.shared_optimizer))
     norms = [gradient_norm(module.parameters()) for module, _ in modules]
     losses = [term for (k, _), term in total.items() if k is None or k in learners]
-    skip = 1 - torch.isfinite(torch.stack([cohort.nothing, *losses, *norms])).all().float().reshape(1)
-    dist.all_reduce(skip, dist.ReduceOp.MAX)
+    skip = _agree_to_skip(cohort, [*losses, *norms])
 
     if cohort.scaler.is_enabled():
         for _, optimizer in modules:
@@ -122,3 +126,23 @@ def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> Tensor:
     for resident, norm in zip(residents, norms, strict=False):
         total[resident.index, "grad_norm"] = norm
     return skip
+
+
+def _outer_update(cohort: Cohort) -> None:
+    """Steps what the outer step has gradients for, unless they are non-finite somewhere."""
+    residents = [r for r in cohort.residents.values() if r.outer_optimizer is not None]
+    skip = _agree_to_skip(cohort, [gradient_norm(r.outer.values()) for r in residents])
+    for resident in residents:
+        assert resident.outer_optimizer is not None
+        update(resident.outer_optimizer, skip, torch.amp.GradScaler(cohort.device.type, enabled=False))
+
+
+def _agree_to_skip(cohort: Cohort, numbers: Sequence[Tensor]) -> Tensor:
+    """[1], the same on all ranks of the world: 1 where one of them has a non-finite number."""
+    skip = 1 - torch.isfinite(torch.stack([cohort.nothing, *numbers])).all().float().reshape(1)
+    dist.all_reduce(skip, dist.ReduceOp.MAX)
+    return skip
+
+
+def _wide(peer: Signals) -> Signals:
+    return {name: x.detach() for name, x in peer.items() if name.startswith("all_")}

@@ -3,6 +3,8 @@
     python launch/bench.py step                     the engine's step against a bare loop in plain PyTorch
     torchrun --nproc-per-node=2 launch/bench.py exchange    spread peers against the same peers uncoupled
     python launch/bench.py bytes                    not timed: what each method sends, from its signals' shapes
+    python launch/bench.py lmcl                     L-MCL's objective with memory banks against one pair after another
+    python launch/bench.py lmcl-step                a step of L-MCL against two networks alone, and its outer step
 
 Absolute times belong to the machine; the ratio is the result. Machines wander, so variants take turns, and the median
 of the ratios of neighbours is printed with its quartiles.
@@ -32,6 +34,7 @@ from engine.meter import Meter
 from engine.placement import plan
 from engine.step import train_step
 from engine.timing import Clock
+from launch import bench_contrast
 from launch.entry import parser, user_errors
 from losses import METHODS, Progress
 
@@ -41,19 +44,24 @@ CLASSES = 100
 def main() -> None:
     """The command."""
     arguments = parser(__doc__ or "", "")
-    arguments.add_argument("what", choices=["step", "exchange", "bytes"])
+    arguments.add_argument("what", choices=["step", "exchange", "bytes", "lmcl", "lmcl-step"])
     arguments.add_argument("--network", default="torchvision/resnet18", help="of both peers (default: %(default)s)")
     arguments.add_argument("--size", type=int, default=32, help="side of the images (default: %(default)s)")
     arguments.add_argument("--batch", type=int, default=64, help="rows of a step (default: %(default)s)")
     arguments.add_argument("--rounds", type=int, default=15, help="timed pairs (default: %(default)s)")
     arguments.add_argument("--steps", type=int, default=3, help="steps in one timing (default: %(default)s)")
     arguments.add_argument("--amp", choices=["float32", "bf16", "fp16"], default="float32")
+    arguments.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="lmcl: rows (default: 8 32)")
     arguments.add_argument("--threads", type=int, help="CPU threads; torch's choice if absent")
     options = arguments.parse_args()
     launch = Launch.from_environment()
     if options.threads:
         torch.set_num_threads(options.threads)
     with user_errors(launch):
+        if options.what in ("lmcl", "lmcl-step"):
+            bench_contrast.objective(options) if options.what == "lmcl" else bench_contrast.training_step(options)
+            dist.destroy_process_group()
+            return
         device = choose_device("auto", launch)
         start(launch, device)
         if options.what == "bytes":
@@ -144,13 +152,13 @@ def timed(step: Callable[[], object], steps: int, device: torch.device) -> float
     return time.perf_counter() - begin
 
 
-def rows(options: argparse.Namespace, device: torch.device) -> Batch:
+def rows_of(batch: int, size: int, device: torch.device) -> Batch:
     """Random images and classes, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(options.batch, 3, options.size, options.size, generator=generator)
-    targets = torch.randint(CLASSES, (options.batch,), generator=generator)
+    images = torch.randn(batch, 3, size, size, generator=generator)
+    targets = torch.randint(CLASSES, (batch,), generator=generator)
     images = images.to(device, memory_format=torch.channels_last)
-    return Batch((images,), targets.to(device), torch.arange(options.batch, device=device))
+    return Batch((images,), targets.to(device), torch.arange(batch, device=device))
 
 
 def engine_step(options: argparse.Namespace, method: str, device: torch.device, launch: Launch) -> Callable[[], object]:
@@ -170,7 +178,7 @@ def engine_step(options: argparse.Namespace, method: str, device: torch.device, 
     cohort = Cohort(
         config, placement, device, num_classes=CLASSES, channels=3, image_size=options.size, steps_per_epoch=1000
     )
-    batch = rows(options, device)
+    batch = rows_of(options.batch, options.size, device)
     share = placement.rows(options.batch)
     batch = Batch((batch.images[share],), batch.targets[share], batch.ids[share])
     meter, clock = Meter(placement, device), Clock(device)
@@ -189,7 +197,7 @@ def engine_step(options: argparse.Namespace, method: str, device: torch.device, 
 def bare_step(options: argparse.Namespace, device: torch.device) -> Callable[[], object]:
     """Deep mutual learning of two peers as one would write it in plain PyTorch, with the same kernels at hand:
     channels-last, autocast and the fused optimiser."""
-    batch = rows(options, device)
+    batch = rows_of(options.batch, options.size, device)
     peers = [models.create(options.network, CLASSES) for _ in range(2)]
     peers = [peer.to(device, memory_format=torch.channels_last) for peer in peers]  # type: ignore[call-overload]
     optimizers = [

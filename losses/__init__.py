@@ -2,13 +2,15 @@
 
 from losses.cl_ilr import CLILR
 from losses.codistillation import Codistillation
-from losses.contract import AfterStep, Method, MethodOptions, PeerInfo, Progress, Signals, Terms
+from losses.contract import AfterStep, Method, MethodOptions, OuterStep, PeerInfo, Progress, Signals, Terms
 from losses.dcl import DCL
 from losses.dcm import DCM
 from losses.dml import DML
 from losses.ffl import FFL
 from losses.independent import Independent
 from losses.kdcl import KDCL
+from losses.lmcl import LMCL
+from losses.mcl import MCL
 from losses.okddip import OKDDip
 from losses.one import ONE
 from losses.pcl import PCL
@@ -18,6 +20,7 @@ __all__ = [
     "AfterStep",
     "Method",
     "MethodOptions",
+    "OuterStep",
     "PeerInfo",
     "Progress",
     "Signals",
@@ -25,5 +28,6 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Independent, DML, CLILR, ONE, FFL, OKDDip, DCM, DCL, Codistillation, KDCL, PCL)
+    method.name: method
+    for method in (Independent, DML, CLILR, ONE, FFL, OKDDip, DCM, DCL, Codistillation, KDCL, PCL, MCL, LMCL)
 }

@@ -65,6 +65,21 @@ class Progress(NamedTuple):
         return self.step // self.steps_per_epoch
 
 
+class Table(Protocol):
+    """Rows of numbers that all ranks read and write alike, wherever they lie."""
+
+    def read(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> float32 [..., d], constant. Every rank must call it equally often, each with its own ids."""
+
+    def write(self, ids: Tensor, rows: Tensor) -> None:
+        """Puts [M, d] in the places [M], which differ from each other. Every rank must call it with the same."""
+
+
+MakeTable = Callable[[int, int, torch.dtype, Callable[[Tensor], Tensor], bool], Table]
+"""(n rows, width d, number format, ids int64 [M] -> what stands there at first [M, d], whether each rank keeps only a
+part of the rows) -> a table, which is an nn.Module and is saved with the run."""
+
+
 class Exchange(Protocol):
     """The exchange after a step. Every rank must call it equally often."""
 
@@ -87,9 +102,35 @@ class AfterStep:
     average_buffers: Callable[[], None]
     """Makes the residents' BatchNorm statistics those of all rows, as they are where the run is evaluated or saved: one
     all-reduce in each replica group of several ranks. Every rank must call it equally often."""
+    everywhere: Sequence[Sequence[Signals]]
+    """For each micro-batch, the `all_NAME` of every peer that `Method.everywhere` asked for, without gradient."""
     skipped: Tensor
     """[1] on the device, 1 where no optimiser has moved because some rank met a non-finite number."""
     images: Tensor
+    targets: Tensor
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """What an outer step may use: the residents as functions of their parameters, wherever the other peers are."""
+
+    parameters: Mapping[int, Mapping[str, Tensor]]
+    """Of each resident, by name, after the optimiser step: `network....` and `head....`, those of `outer` included."""
+    outer: Mapping[int, Sequence[str]]
+    """The names of each resident's parameters that `Method.outer` chose."""
+    show: Callable[[Mapping[int, Mapping[str, Tensor]]], Sequence[Signals]]
+    """Parameters of the residents -> the signals of all K peers for the rows of the step, as in `Method.forward`. The
+    gradient, and the gradient of the gradient, reaches the residents' parameters and travels to the other peers' ranks:
+    of the sum of what all ranks differentiate. BatchNorm uses the batch's statistics and keeps none. Every rank must
+    call it, and differentiate, equally often."""
+    average: Callable[[Mapping[int, Sequence[Tensor]]], dict[int, list[Tensor]]]
+    """The mean of the residents' tensors over all replicas, without gradient: one all-reduce."""
+    lr: float
+    """The residents' learning rate in this step."""
+    momentum: float
+    weight_decay: Mapping[int, Mapping[str, float]]
+    """Of each resident's parameters, by name."""
     targets: Tensor
     progress: Progress
 
@@ -106,11 +147,16 @@ class Method(nn.Module, ABC):
     signals: ClassVar[tuple[str, ...]] = ("logits",)
     """What the peers show each other. Known to every peer: `logits` [N, C], `features` [N, D] and the tapped maps
     `stage1` ...; a head adds more."""
-    private: ClassVar[tuple[str, ...]] = ()
+    private: tuple[str, ...] = ()
     """Those of `signals`, and of what `look` shows, that a peer keeps to itself: nothing of them is sent."""
-    exchange: ClassVar[Literal["none", "detached", "differentiable"]] = "detached"
+    exchange: Literal["none", "detached", "differentiable"] = "detached"
     """Whether signals of other peers come without gradient or carry it back to their owner; `none` sends nothing. Where
     they carry it, the terms of a rank are its share of the objective, and all ranks' shares must use all signals."""
+
+    everywhere: tuple[str, ...] = ()
+    """Those of `signals` that come for all rows of the global batch as well, as `all_NAME` [G, ...], and with them
+    `all_targets` and `all_ids`, int64 [G], the position of each image in the training split. This rank's rows come
+    first, in their order. Nothing more is sent than the signals, the targets and the ids."""
 
     alike: ClassVar[bool] = False
     """Whether all peers must have the same network and options, as where their parameters meet one by one."""
@@ -199,6 +245,28 @@ class Method(nn.Module, ABC):
             targets: class indices [N].
             progress: of the run.
         """
+
+    def prepare(self, classes: Tensor, make_table: MakeTable) -> None:
+        """Before training: takes what it needs to know of the data set. Submodules made here are saved with the run.
+
+        Args:
+            classes: int64 [n], the class of each training image by its position in the split; -1 for images that are
+                never trained on.
+            make_table: builds what is too large for every rank, or written by all.
+
+        Raises:
+            ValueError: the data set is not fit for the method, naming what is missing.
+        """
+
+    def outer(self, head: nn.Module) -> Sequence[nn.Parameter]:
+        """The parameters of a peer's head that the step leaves alone and that `outer_step` has gradients for. They have
+        an optimiser of their own, with the settings and schedule of the peer's."""
+        return ()
+
+    def outer_step(self, outer: OuterStep) -> Mapping[int, Sequence[Tensor]] | None:
+        """After the optimiser step and `after_step`: gradients for each resident's parameters `outer`, in order; they
+        are averaged over the replicas. None where none is due, which only the progress may decide."""
+        return None
 
     @classmethod
     def held_out(cls, options: Any) -> bool:

@@ -1,0 +1,263 @@
+"""Layer-wise mutual contrastive learning (Yang, An, Zhou, Cai, Zhi, Wu, Xu, Zhang: "Online Knowledge Distillation via
+Mutual Contrastive Learning for Visual Recognition"; TPAMI 2023, arXiv 2207.11518)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from losses.contract import OuterStep, PeerInfo, Progress, Signals, Terms
+from losses.contrast import ContrastiveOptions, Pair, totals
+from losses.functional import cross_entropy, distillation
+from losses.mcl import Contrastive
+
+Parameters = dict[int, dict[str, Tensor]]
+"""Of each resident, by name."""
+
+
+class LMCLOptions(ContrastiveOptions):
+    """Options of `lmcl`."""
+
+    name: Literal["lmcl"] = "lmcl"
+    meta_interval: int | None = Field(
+        50,
+        ge=1,
+        description="steps between two meta-optimisations of the weights, counted anew from the start of each epoch: "
+        "50 on CIFAR, 500 on ImageNet; null: the weights stay as they are at first, about 1/2",
+    )
+    inner_steps: int = Field(2, ge=1, description="look-ahead steps on the contrastive losses in a meta-optimisation")
+    hypergradient: Literal["exact", "published"] = Field(
+        "exact",
+        description="published: as the published code, which lost the factor of weight decay in its recursion",
+    )
+    vcl_bank: Literal["own", "published"] = Field(
+        "own",
+        description="memory: the bank that a peer's VCL takes; published: that of the first peer of the pair, for both",
+    )
+
+
+class LMCL(Contrastive):
+    r"""Embeddings after every stage, contrasted between peers all-to-all, with weights that are learned.
+
+    Peer i of S stages has an exit after each: after the last its own classifier, before it an auxiliary one. With the
+    exits' pooled features f_{i,s} [N, D_i], logits z_{i,s}, embeddings e_{i,s} of unit length and
+
+        w_{is,jz} = sigmoid(cos(P_{i,s} f_{i,s}, P_{j,z} f_{j,z}))  [N],       constant in L
+        a_i = \sum_s g_{i,s} z_{i,s},   g_i = softmax_S(W_2 relu(W_1 [f_{i,1}; ...; f_{i,S}]))
+
+    the objective is, with the losses of `losses.contrast` weighted row by row with w,
+
+        L = \sum_{i,s} CE(z_{i,s}, y) + \sum_i CE(a_i, y) + \sum_{i,j} T^2 KL(softmax(a_j / T) || softmax(z_{i,S} / T))
+            + 2 \sum_{i} \sum_{j != i} \sum_{s,z} w_{is,jz} [ \alpha VCL_{is} + \gamma SoftVCL_{is,jz}
+                                                              + \beta ICL_{is,jz} + \lambda SoftICL_{is,jz} ]
+
+    with a_j constant; the 2 is there because the published sum goes over ordered pairs of a loss that is symmetric.
+    Exits, gates and projections are left behind at export.
+
+    The weights are learned in an outer problem. Every `meta_interval` steps, on the batch of the step and from the
+    peers as the step left them, theta_0, the peers look ahead by T_in = `inner_steps` steps on the weighted contrastive
+    losses f_in(theta, phi) and one on f_out(theta) = \sum_{i,s} CE(z_{i,s}, y), by SGD with momentum mu and weight
+    decay rho, beginning with v_0 = 0:
+
+        v_{t+1} = \mu v_t + \nabla f_t(theta_t) + \rho theta_t,     theta_{t+1} = theta_t - \eta v_{t+1}
+
+    and phi, the projections P, follows the gradient of f_out at the end of that path, by the peers' own kind of
+    optimiser. With A = \nabla f_out(theta_T), B = 0, for t = T-1 .. 0:
+
+        c = B - \eta A;   h, q = d<\nabla f_t(theta_t, phi), c> / d(theta, phi);   dphi += q
+        A, B <- A (1 - \eta \rho) + \rho B + h,   \mu (B - \eta A)
+
+    Only one step's graph is alive at a time. The peers themselves stay at theta_0, statistics of BatchNorm included.
+
+    Deviations from the published code: as for MCL; every replica of a peer looks ahead along the mean of all replicas'
+    gradients; a look-ahead step leaves banks and statistics of BatchNorm alone, where the published code keeps one
+    extra update of each. Exits of ImageNet's networks are the paper's, see `models.heads`.
+    """
+
+    name = "lmcl"
+    Options = LMCLOptions
+    options: LMCLOptions
+    signals = ("logits", "exits", "aggregate", "embeddings", "match")
+    private = ("logits", "exits")
+    deployed = "best"
+
+    @classmethod
+    def taps(cls, options: LMCLOptions, num_stages: int) -> Sequence[int]:
+        if num_stages < 2:
+            raise ValueError(f"lmcl has an exit after each stage but the last, found {num_stages} stages")
+        return range(1, num_stages)
+
+    def head(self, peer: PeerInfo) -> nn.Module:
+        return Exits(peer, self.options.width)
+
+    def forward(
+        self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
+    ) -> Terms:
+        terms: Terms = {}
+        aggregates = [peer["aggregate"].detach() for peer in signals]
+        for i in residents:
+            last = signals[i]["exits"][:, -1]
+            terms[i, "ce"] = self._classify(signals[i], targets)
+            terms[i, "ce_aggregate"] = cross_entropy(signals[i]["aggregate"], targets)
+            terms[i, "kd"] = torch.stack([distillation(last, a, self.options.temperature) for a in aggregates]).sum()
+        with torch.no_grad():
+            weights = self._weights(residents, signals)
+        return terms | self._contrast(residents, signals, targets, progress, weights)
+
+    def _classify(self, own: Signals, targets: Tensor) -> Tensor:
+        """sum_s CE(z_s, y)."""
+        return torch.stack([cross_entropy(z, targets) for z in own["exits"].unbind(1)]).sum()
+
+    def _weights(self, residents: Sequence[int], signals: Sequence[Signals]) -> dict[Pair, Tensor]:
+        """w [S_i, S_j, N] of each resident i and each other peer j."""
+        return {
+            (i, j): torch.einsum("nsd,nzd->szn", signals[i]["match"], signals[j]["match"]).sigmoid()
+            for i in residents
+            for j in range(self.num_peers)
+            if j != i
+        }
+
+    def _contrast(
+        self,
+        residents: Sequence[int],
+        signals: Sequence[Signals],
+        targets: Tensor,
+        progress: Progress,
+        weights: Mapping[Pair, Tensor],
+    ) -> Terms:
+        own_bank = self.options.vcl_bank == "own"
+        rows = self.rows(residents, signals, targets, progress, own_bank=own_bank)
+        return {key: 2 * term for key, term in totals(rows, weights, self.options).items()}
+
+    # -- the outer problem --------------------------------------------------------------------------------------------
+
+    def outer(self, head: nn.Module) -> Sequence[nn.Parameter]:
+        assert isinstance(head, Exits)
+        return tuple(head.match.parameters()) if self.options.meta_interval else ()
+
+    def outer_step(self, outer: OuterStep) -> Mapping[int, Sequence[Tensor]] | None:
+        interval = self.options.meta_interval
+        if interval is None or outer.progress.step % outer.progress.steps_per_epoch % interval:
+            return None
+        residents = list(outer.parameters)
+
+        def inner(signals: Sequence[Signals]) -> Tensor:
+            weights = self._weights(residents, signals)
+            terms = self._contrast(residents, signals, outer.targets, outer.progress, weights)
+            return torch.stack(list(terms.values())).sum()
+
+        def outermost(signals: Sequence[Signals]) -> Tensor:
+            return torch.stack([self._classify(signals[i], outer.targets) for i in residents]).sum()
+
+        path = [inner] * self.options.inner_steps + [outermost]
+        published = self.options.hypergradient == "published"
+        return hypergradient(path, outermost, outer, published=published)
+
+
+Objective = Callable[[Sequence[Signals]], Tensor]
+
+
+def hypergradient(
+    path: Sequence[Objective], final: Objective, outer: OuterStep, *, published: bool = False
+) -> dict[int, list[Tensor]]:
+    r"""d final(theta_T) / d phi along the look-ahead steps theta_0 .. theta_T, see `LMCL`.
+
+    Args:
+        path: f_0 .. f_{T-1}, of the signals at theta_t and phi.
+        final: of the signals at theta_T.
+        outer: the peers as functions of their parameters theta and phi.
+        published: weight decay counts as 1 where it multiplies B, as in the published code.
+
+    Returns:
+        For each resident the gradients of its parameters `outer.outer`, of this rank's rows.
+    """
+    phi = {k: {name: outer.parameters[k][name] for name in names} for k, names in outer.outer.items()}
+    theta = {
+        k: {name: p.detach() for name, p in own.items() if name not in phi[k]} for k, own in outer.parameters.items()
+    }
+    decay = {k: [outer.weight_decay[k][name] for name in own] for k, own in theta.items()}
+    lr, mu = outer.lr, outer.momentum
+
+    def gradient(f: Objective, at: Parameters) -> dict[int, list[Tensor]]:
+        leaves = {k: {name: p.requires_grad_() for name, p in _detached(own).items()} for k, own in at.items()}
+        with torch.enable_grad():
+            value = f(outer.show({k: {**leaves[k], **_detached(phi[k])} for k in leaves}))
+        return outer.average(_derivatives(value, leaves))
+
+    visited: list[Parameters] = []
+    velocity = {k: [torch.zeros_like(p) for p in own.values()] for k, own in theta.items()}
+    for f in path:
+        visited.append(theta)
+        g, moved = gradient(f, theta), {}
+        for k, own in theta.items():
+            for v, d, p, rho in zip(velocity[k], g[k], own.values(), decay[k], strict=True):
+                v.mul_(mu).add_(d).add_(p, alpha=rho)
+            moved[k] = dict(zip(own, torch._foreach_sub(list(own.values()), velocity[k], alpha=lr), strict=True))
+        theta = moved
+
+    a = gradient(final, theta)
+    b = {k: [torch.zeros_like(x) for x in own] for k, own in a.items()}
+    total = {k: [torch.zeros_like(p) for p in own.values()] for k, own in phi.items()}
+    for f, at in zip(reversed(path), reversed(visited), strict=True):
+        c = {k: torch._foreach_sub(b[k], a[k], alpha=lr) for k in a}
+        leaves = {k: {name: p.requires_grad_() for name, p in _detached(own).items()} for k, own in at.items()}
+        chosen = {k: {name: p.requires_grad_() for name, p in _detached(own).items()} for k, own in phi.items()}
+        with torch.enable_grad():
+            value = f(outer.show({k: {**leaves[k], **chosen[k]} for k in leaves}))
+            g = _derivatives(value, leaves, create_graph=True)
+            along = torch.stack([(x * y).sum() for k in g for x, y in zip(g[k], c[k], strict=True)]).sum()
+        both = {k: {**leaves[k], **chosen[k]} for k in leaves}
+        second = _derivatives(along, both)
+        for k, found in second.items():
+            torch._foreach_add_(total[k], found[len(leaves[k]) :])
+        h = outer.average({k: found[: len(leaves[k])] for k, found in second.items()})
+        for k in a:
+            for i, rho in enumerate(decay[k]):
+                of_b = 1.0 if published else rho
+                a[k][i], b[k][i] = (
+                    a[k][i] * (1 - lr * rho) + of_b * b[k][i] + h[k][i],
+                    mu * (b[k][i] - lr * a[k][i]),
+                )
+    return total
+
+
+def _detached(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in parameters.items()}
+
+
+def _derivatives(value: Tensor, leaves: Parameters, *, create_graph: bool = False) -> dict[int, list[Tensor]]:
+    """Zeros where a leaf is not reached."""
+    flat = [p for own in leaves.values() for p in own.values()]
+    found = iter(torch.autograd.grad(value, flat, create_graph=create_graph, allow_unused=True, materialize_grads=True))
+    return {k: [next(found) for _ in own] for k, own in leaves.items()}
+
+
+class Exits(nn.Module):
+    """{`logits`, `features`, `stage1` ..} -> `exits` [N, S, C] and `embeddings` [N, S, d] of all exits, `aggregate`
+    [N, C] of their logits, and `match` [N, S, 128] of unit length, whose products are the cosines of the weights."""
+
+    def __init__(self, peer: PeerInfo, width: int) -> None:
+        super().__init__()
+        exits, inputs = len(peer.stages), peer.num_features
+        self.auxiliary = nn.ModuleList([peer.auxiliary(stage, "lmcl") for stage in range(1, exits)])
+        self.projections = nn.ModuleList([peer.projection(inputs, width) for _ in range(exits)])
+        self.gate = nn.Sequential(nn.Linear(exits * inputs, inputs), nn.ReLU(), nn.Linear(inputs, exits))
+        self.match = nn.ModuleList([nn.Linear(inputs, 128) for _ in range(exits)])
+
+    def forward(self, signals: Signals) -> dict[str, Tensor]:
+        shown = [head(signals[f"stage{j + 1}"]) for j, head in enumerate(self.auxiliary)]
+        features = [*(exit_["features"] for exit_ in shown), signals["features"]]
+        exits = torch.stack([*(exit_["logits"] for exit_ in shown), signals["logits"]], 1)
+        gate = self.gate(torch.cat(features, 1)).softmax(-1)
+        matches = [F.normalize(match(f).float(), dim=-1) for match, f in zip(self.match, features, strict=True)]
+        return {
+            "exits": exits,
+            "aggregate": torch.einsum("ns,nsc->nc", gate.float(), exits.float()),
+            "embeddings": torch.stack([p(f) for p, f in zip(self.projections, features, strict=True)], 1),
+            "match": torch.stack(matches, 1),
+        }
