@@ -42,9 +42,9 @@ class DataConfig(BaseModel):
     global_batch: int = Field(ge=1, description="Samples of one optimiser step, over all ranks.")
     sampler: Literal["shuffle", "class_balanced", "class_tuples"] = Field(
         default="shuffle",
-        description="How batches are drawn. shuffle: each epoch is one permutation; class_balanced: each batch, on its "
-        "own, draws global_batch / images_per_class classes and images of them, so that an epoch shows some images "
-        "several times and others never; class_tuples: batches of such tuples that show each image once an epoch.",
+        description="How batches are drawn. shuffle: from a permutation of all images; class_balanced: each batch on "
+        "its own, images_per_class images of each of global_batch / images_per_class classes, so that an epoch shows "
+        "some images several times and others never; class_tuples: such batches, but each image once an epoch.",
     )
     images_per_class: int = Field(
         default=2,
@@ -167,7 +167,7 @@ class DataConfig(BaseModel):
 
     @property
     def tuples(self) -> int:
-        """Such tuples in a global batch."""
+        """Tuples of that size in a global batch."""
         return self.global_batch // self.tuple_size
 
     @property

@@ -41,8 +41,9 @@ class Sampling:
         if counts[rarest] < config.images_per_class:
             left = f" that held_out = {config.held_out} leaves" if config.held_out else ""
             raise DataError(
-                f"images_per_class: expected at most the {counts[rarest]} training samples of class "
-                f"{class_names[rarest]!r}{left}, found {config.images_per_class}"
+                f"images_per_class: {config.images_per_class} are more than the {counts[rarest]} training samples of "
+                f"class {class_names[rarest]!r}{left}; expected "
+                + (f"at most {counts[rarest]}" if counts[rarest] > 1 else "sampler = shuffle")
             )
         if config.sampler == "class_tuples":
             self.steps = order.class_tuples_steps(self._labels, config.tuples, config.images_per_class)
