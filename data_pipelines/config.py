@@ -18,6 +18,7 @@ from data_pipelines.readers import STANDARD, Standard
 
 _RESIDENT_ONLY = {"padding", "padding_mode", "flip"}
 _FOLDER_ONLY = {"image_size", "resize", "crop_area", "crop_ratio", "decoder", "threads"}
+_TUPLES_ONLY = {"images_per_class"}
 # The constants of torchvision and timm.
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SUBSET = Path(__file__).parent / "fashion_mnist_subset"
@@ -39,6 +40,17 @@ class DataConfig(BaseModel):
         default=None, description="Folder of the data set; needed for all but fashion_mnist_subset. ~ is expanded."
     )
     global_batch: int = Field(ge=1, description="Samples of one optimiser step, over all ranks.")
+    sampler: Literal["shuffle", "class_balanced", "class_tuples"] = Field(
+        default="shuffle",
+        description="How batches are drawn. shuffle: from a permutation of all images; class_balanced: each batch on "
+        "its own, images_per_class images of each of global_batch / images_per_class classes, so that an epoch shows "
+        "some images several times and others never; class_tuples: such batches, but each image once an epoch.",
+    )
+    images_per_class: int = Field(
+        default=2,
+        ge=2,
+        description="Images of one class that lie side by side in a batch (class_balanced, class_tuples).",
+    )
     views: Literal["shared", "per_peer"] = Field(
         default="shared", description="Whether all peers see one augmentation of an image, or each peer its own."
     )
@@ -84,9 +96,18 @@ class DataConfig(BaseModel):
     def _cross_check(self) -> "DataConfig":
         folder = self.dataset == "image_folder"
         for key in sorted(self.model_fields_set & self._foreign):
-            owner = "the data sets of 28 and 32 pixels" if folder else "image_folder"
+            if key in _TUPLES_ONLY:
+                user, owner = f"sampler {self.sampler}", "class_balanced and class_tuples"
+            else:
+                user = f"dataset {self.dataset}"
+                owner = "the data sets of 28 and 32 pixels" if folder else "image_folder"
+            raise ValueError(f"{key}: {getattr(self, key)!r} has no meaning for {user}; it belongs to {owner}")
+        if self.global_batch % self.tuple_size:
+            below = self.global_batch // self.tuple_size * self.tuple_size
+            nearest = " or ".join(str(batch) for batch in (below, below + self.tuple_size) if batch)
             raise ValueError(
-                f"{key}: {getattr(self, key)!r} has no meaning for dataset {self.dataset}; it belongs to {owner}"
+                f"global_batch: expected a multiple of images_per_class = {self.images_per_class} for sampler "
+                f"{self.sampler}, found {self.global_batch}; nearest: {nearest}"
             )
         if self.dataset == "fashion_mnist_subset":
             if self.root is not None:
@@ -122,11 +143,12 @@ class DataConfig(BaseModel):
 
     @property
     def _foreign(self) -> set[str]:
-        return _RESIDENT_ONLY if self.dataset == "image_folder" else _FOLDER_ONLY
+        foreign = _RESIDENT_ONLY if self.dataset == "image_folder" else _FOLDER_ONLY
+        return foreign | _TUPLES_ONLY if self.sampler == "shuffle" else foreign
 
     @model_serializer(mode="wrap")
     def _without_foreign_keys(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # What is written can be read again, and says nothing that has no meaning for the data set.
+        # What is written can be read again, and says nothing that has no meaning for this run.
         return {key: value for key, value in serialise(self).items() if key not in self._foreign}
 
     @property
@@ -137,6 +159,16 @@ class DataConfig(BaseModel):
     def held_out_of(self, size: int) -> int:
         """The number of training samples that are held out of `size`."""
         return int(self.held_out * size)
+
+    @property
+    def tuple_size(self) -> int:
+        """Neighbouring rows of a batch that belong together: images of one class, or a row alone."""
+        return 1 if self.sampler == "shuffle" else self.images_per_class
+
+    @property
+    def tuples(self) -> int:
+        """Tuples of that size in a global batch."""
+        return self.global_batch // self.tuple_size
 
     @property
     def side(self) -> int:

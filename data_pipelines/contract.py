@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 class DataError(ValueError):
@@ -50,6 +52,10 @@ class Pipeline(ABC):
         eval_size: samples of the validation split.
         class_names: the name of each class, or None where nobody names them.
         global_batch: samples of one step, over all ranks.
+        steps_per_epoch: whole global batches of an epoch, the same in every epoch; what is left over is dropped, so
+            that shapes are static.
+        train_targets: class of each sample of the training split, by its id: int64 [train_size + held_out_size], -1
+            for those that are held out, which a memory of all samples must leave alone.
     """
 
     num_classes: int
@@ -60,11 +66,8 @@ class Pipeline(ABC):
     eval_size: int
     class_names: tuple[str, ...] | None
     global_batch: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole global batches of an epoch; what is left over is dropped, so that shapes are static."""
-        return self.train_size // self.global_batch
+    steps_per_epoch: int
+    train_targets: NDArray[np.int64]
 
     @abstractmethod
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:

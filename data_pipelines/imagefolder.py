@@ -25,6 +25,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, DataError, Pipeline
 from data_pipelines.folder import Listing, list_folder
 from data_pipelines.pixels import Normalise
+from data_pipelines.sampling import Sampling
 
 _GET = "Fetch the file again, or take it out"
 _READERS = 4  # threads that read files, a batch each
@@ -79,7 +80,7 @@ class ImageFolder(Pipeline):
         device: where the batches appear; on CUDA, ``mixed`` decodes there as well.
 
     Raises:
-        DataError: see :func:`data_pipelines.folder.list_folder`.
+        DataError: see :func:`data_pipelines.folder.list_folder`, and a class with too few photos for `config.sampler`.
         ValueError: a mixed decoder is asked for on a device that is not CUDA.
     """
 
@@ -91,22 +92,22 @@ class ImageFolder(Pipeline):
         self.num_classes = len(self.class_names)
         self.channels = 3
         self.image_size = config.image_size
-        size = len(self._train.listing.names)
-        self.held_out_size, self.eval_size = config.held_out_of(size), len(self._val.listing.names)
-        self._trained_on, self._held_out = order.hold_out(seed, size, self.held_out_size)
-        self.train_size = len(self._trained_on)
-        self.global_batch = config.global_batch
+        self._sampling = Sampling(config, seed, self._train.listing.labels, self.class_names)
+        self.train_size, self.held_out_size = len(self._sampling.trained_on), len(self._sampling.held_out)
+        self.eval_size = len(self._val.listing.names)
+        self.global_batch, self.steps_per_epoch = config.global_batch, self._sampling.steps
+        self.train_targets = self._sampling.targets
         self._config, self._seed, self._device = config, seed, device
         self._normalise = Normalise(*config.normalisation, config.image_size, device)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cohort-reader")
 
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
-        shuffled = self._trained_on[order.epoch_order(self._seed, epoch, self.train_size)]
+        samples = self._sampling.epoch(epoch)
         size, area, ratio = self.global_batch, self._config.crop_area, self._config.crop_ratio
 
         def prepare(step: int) -> _Work:
-            ids = shuffled[step * size : (step + 1) * size][rows]
+            ids = samples[step, rows]
             encoded, sizes = self._train.read(ids)
             uniforms = (order.augmentation(self._seed, epoch, step, size, windows.COLUMNS, view) for view in views)
             draws = [windows.crop_draws(each, area, ratio)[rows] for each in uniforms]
@@ -129,7 +130,7 @@ class ImageFolder(Pipeline):
     def held_out(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.held_out`."""
         mine = order.part(self.held_out_size, part, parts)
-        return self._as_they_are(self._train, self._held_out, mine, batch)
+        return self._as_they_are(self._train, self._sampling.held_out, mine, batch)
 
     def _as_they_are(self, files: "_Files", samples: NDArray[np.int64], mine: range, batch: int) -> Iterator[Batch]:
         """The samples at the places `mine`, in order, without augmentation."""

@@ -15,14 +15,15 @@ def check(config: DataConfig) -> None:
 
     Raises:
         DataError: files are missing or of the wrong size, classes do not match, or there are fewer training samples
-            than a global batch has; or DALI is needed and not installed.
+            or classes than a global batch has; or DALI is needed and not installed.
     """
     if config.dataset == "image_folder":
         imagefolder.require_dali()
         train, _ = list_folder(config.folder)
-        size = len(train.names)
+        size, classes = len(train.names), len(train.classes)
     else:
         size, _ = STANDARD[config.dataset].sizes(config.folder)
+        classes = len(STANDARD[config.dataset].class_names)
     if config.held_out and not config.held_out_of(size):
         raise DataError(f"held_out: {config.held_out} of {size} training samples is less than one of them")
     left = size - config.held_out_of(size)
@@ -31,6 +32,11 @@ def check(config: DataConfig) -> None:
         raise DataError(
             f"global_batch: expected at most the {left} training samples of {config.folder}{held_out}, "
             f"found {config.global_batch}"
+        )
+    if config.sampler != "shuffle" and config.tuples > classes:
+        raise DataError(
+            f"global_batch: expected at most {classes * config.images_per_class} for sampler {config.sampler}, "
+            f"images_per_class = {config.images_per_class} for each of {classes} classes, found {config.global_batch}"
         )
 
 
@@ -43,7 +49,7 @@ def open_pipeline(config: DataConfig, seed: int, device: torch.device) -> Pipeli
         device: where the batches appear.
 
     Raises:
-        DataError: see :func:`check`, and labels out of range.
+        DataError: see :func:`check`, and labels out of range, or a class with too few samples for `config.sampler`.
         ValueError: a mixed decoder is asked for on a device that is not CUDA.
     """
     check(config)

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 _ORDER = 1
 _AUGMENTATION = 2
 _HELD_OUT = 3
+_CLASSES = 4
+_IMAGES = 5
+_LEFT_OUT = 6
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
@@ -24,6 +27,75 @@ def epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     """
     # A stable sort has one right answer even for equal words, so no version of NumPy can answer differently.
     return np.argsort(_words(seed, _ORDER, epoch, 0, size), kind="stable").astype(np.int64)
+
+
+def class_balanced(
+    seed: int, epoch: int, labels: NDArray[np.int64], steps: int, classes: int, images: int
+) -> NDArray[np.int64]:
+    """Returns an epoch of batches that know nothing of each other, int64 [steps, classes * images].
+
+    For each batch the classes are shuffled; the first `classes` of them give `images` different samples each, which lie
+    side by side. So an epoch shows some samples several times and others never: 37 % of CIFAR-100 in batches of 64 x 2.
+
+    Args:
+        seed: 0 .. 2**64 - 1.
+        epoch: the epoch, from 0.
+        labels: class of each sample, int64 [size] in 0 .. K - 1; each class has at least `images` samples.
+        steps: batches of the epoch.
+        classes: classes of a batch, at most K.
+        images: samples of a class in a batch.
+    """
+    sizes = np.bincount(labels)
+    chosen = np.empty((steps, classes), np.int64)
+    for step in range(steps):
+        chosen[step] = np.argsort(_words(seed, _CLASSES, epoch, step, len(sizes)), kind="stable")[:classes]
+    owners = chosen.ravel()
+    uniforms = _uniforms(_words(seed, _IMAGES, epoch, 0, len(owners) * images)).reshape(-1, images)
+    places = (np.cumsum(sizes) - sizes)[owners, None] + _without_replacement(uniforms, sizes[owners])
+    return np.argsort(labels, kind="stable")[places].reshape(steps, -1)
+
+
+def class_tuples(seed: int, epoch: int, labels: NDArray[np.int64], classes: int, images: int) -> NDArray[np.int64]:
+    """Returns an epoch of batches of classes that shows no sample twice, int64 [steps, classes * images].
+
+    The n_c samples of a class are shuffled and cut into t_c = n_c // images tuples, whose samples lie side by side. The
+    T = sum t_c tuples fill steps = T // classes batches. An epoch leaves out n_c % images samples of each class, and
+    T % classes tuples: by chance, those first that a class has beyond one for each step. Nothing else is left out.
+
+    Where r_c tuples of a class are left for L batches, the next batch takes floor(r_c / L) or ceil(r_c / L) of them,
+    r_c / L on average, and which classes meet there is drawn anew for each batch. So a class comes twice in a batch
+    only if it has more tuples than there are steps, and then as evenly over the batches as whole numbers allow.
+
+    Args:
+        seed: 0 .. 2**64 - 1.
+        epoch: the epoch, from 0.
+        labels: class of each sample, int64 [size] in 0 .. K - 1.
+        classes: tuples of a batch.
+        images: samples of a tuple.
+    """
+    sizes = np.bincount(labels)
+    steps = class_tuples_steps(labels, classes, images)
+    left = _keep(_words(seed, _LEFT_OUT, epoch, 0, len(labels)), sizes // images, steps, classes)
+    # Where each tuple begins among the shuffled samples, class by class.
+    begins = np.repeat(np.cumsum(sizes) - sizes, left) + images * _ranks(left)
+    chosen = np.empty((steps, classes), np.int64)
+    for step in range(steps):
+        words = _words(seed, _CLASSES, epoch, step, len(sizes) + 1)
+        company = np.argsort(words[:-1], kind="stable")
+        # The tuples that are left, laid out class by class: every L-th of them, where L batches are left to fill.
+        stride = steps - step
+        points = int(_uniforms(words[-1:])[0] * stride) + stride * np.arange(classes)
+        chosen[step] = company[np.searchsorted(np.cumsum(left[company]), points, side="right")]
+        left -= np.bincount(chosen[step], minlength=len(sizes))
+    places = np.empty(steps * classes, np.int64)
+    places[np.argsort(chosen.ravel(), kind="stable")] = begins
+    shuffled = np.lexsort((_words(seed, _IMAGES, epoch, 0, len(labels)), labels))
+    return shuffled[places[:, None] + np.arange(images)].reshape(steps, -1)
+
+
+def class_tuples_steps(labels: NDArray[np.int64], classes: int, images: int) -> int:
+    """Returns the batches of an epoch of :func:`class_tuples`, the same in every epoch."""
+    return int((np.bincount(labels) // images).sum()) // classes
 
 
 def hold_out(seed: int, size: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -50,8 +122,7 @@ def augmentation(seed: int, epoch: int, step: int, rows: int, columns: int, view
         view: which of the independent augmentations of the batch, from 0.
     """
     words = _words(seed, _AUGMENTATION + (view << 32), epoch, step, rows * columns)
-    # The upper 53 bits fill the mantissa of a float64 exactly.
-    return ((words >> np.uint64(11)) * 2.0**-53).reshape(rows, columns)
+    return _uniforms(words).reshape(rows, columns)
 
 
 def part(size: int, index: int, parts: int) -> range:
@@ -74,3 +145,33 @@ def _words(seed: int, stream: int, epoch: int, step: int, count: int) -> NDArray
         count
     )
     return words
+
+
+def _uniforms(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    # The upper 53 bits fill the mantissa of a float64 exactly.
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def _without_replacement(uniforms: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Turns each row of uniforms [n, m] into m different numbers of 0 .. size - 1, every choice equally likely."""
+    drawn = np.empty(uniforms.shape, np.int64)
+    for column in range(uniforms.shape[1]):
+        number = (uniforms[:, column] * (sizes - column)).astype(np.int64)
+        # The number-th of those that are left: one further for each that is gone up to there.
+        for gone in np.sort(drawn[:, :column], axis=1).T:
+            number += number >= gone
+        drawn[:, column] = number
+    return drawn
+
+
+def _keep(words: NDArray[np.uint64], tuples: NDArray[np.int64], steps: int, classes: int) -> NDArray[np.int64]:
+    """Returns how many of its tuples each class keeps, so that together they fill the steps."""
+    too_many = _ranks(tuples) >= steps
+    drawn = np.lexsort((words[: len(too_many)], ~too_many))
+    owners = np.repeat(np.arange(len(tuples)), tuples)
+    return np.bincount(owners[drawn[len(drawn) - steps * classes :]], minlength=len(tuples))
+
+
+def _ranks(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0 .. count - 1 for each of the counts, one after another."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -11,6 +11,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, Pipeline
 from data_pipelines.pixels import Normalise
 from data_pipelines.readers import STANDARD, Split
+from data_pipelines.sampling import Sampling
 
 
 class Resident(Pipeline):
@@ -22,7 +23,7 @@ class Resident(Pipeline):
         device: where the images live and the batches appear.
 
     Raises:
-        DataError: a file is missing, cut short or wrong.
+        DataError: a file is missing, cut short or wrong, or a class has too few images for `config.sampler`.
     """
 
     def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
@@ -32,11 +33,11 @@ class Resident(Pipeline):
         self.num_classes = len(standard.class_names)
         self.channels = standard.channels
         self.image_size = standard.side
-        held_out = config.held_out_of(len(train.labels))
-        self._trained_on, self._held_out = order.hold_out(seed, len(train.labels), held_out)
-        self.train_size, self.held_out_size = len(self._trained_on), held_out
+        self._sampling = Sampling(config, seed, train.labels, standard.class_names)
+        self.train_size, self.held_out_size = len(self._sampling.trained_on), len(self._sampling.held_out)
         self.eval_size = len(test.labels)
-        self.global_batch = config.global_batch
+        self.global_batch, self.steps_per_epoch = config.global_batch, self._sampling.steps
+        self.train_targets = self._sampling.targets
         self._config, self._seed, self._device = config, seed, device
         self._train, self._test = (_to_device(split, device) for split in (train, test))
         self._normalise = Normalise(*config.normalisation, standard.side, device)
@@ -44,10 +45,9 @@ class Resident(Pipeline):
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
         images, labels = self._train
-        shuffled = self._trained_on[order.epoch_order(self._seed, epoch, self.train_size)]
+        samples = self._sampling.epoch(epoch)
         for step in range(first_step, self.steps_per_epoch):
-            begin = step * self.global_batch
-            columns = [shuffled[begin : begin + self.global_batch, None]]
+            columns = [samples[step, :, None]]
             columns += [self._geometry(epoch, step, view) for view in views]
             ids, *geometry = _send(np.hstack(columns)[rows].T, self._device)
             shown = (
@@ -77,7 +77,7 @@ class Resident(Pipeline):
         images, labels = self._train
         rows = order.part(self.held_out_size, part, parts)
         for begin in range(rows.start, rows.stop, batch):
-            ids = _send(self._held_out[begin : min(begin + batch, rows.stop)], self._device)
+            ids = _send(self._sampling.held_out[begin : min(begin + batch, rows.stop)], self._device)
             yield Batch((self._normalise(images[ids]),), labels[ids], ids)
 
     def close(self) -> None:

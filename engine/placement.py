@@ -100,12 +100,13 @@ def plan(config: RunConfig, world: int, rank: int) -> Placement:
             f"ranks, found {world}; nearest: {_nearest_multiples(world, groups)}, or placement.kind = auto"
         )
     placement = Placement(num_peers, peers_per_rank, world, rank)
-    parts = placement.replicas * config.train.accumulation
+    parts = placement.replicas * config.train.accumulation * config.data.tuple_size
     batch = config.data.global_batch
     if batch % parts:
+        whole = f" in whole tuples of {config.data.tuple_size} images of a class" if config.data.tuple_size > 1 else ""
         raise ConfigError(
             f"data.global_batch = {batch}: cannot be split evenly over {placement.replicas} replicas x "
-            f"{config.train.accumulation} micro-batches; nearest: {_nearest_multiples(batch, parts)}"
+            f"{config.train.accumulation} micro-batches{whole}; nearest: {_nearest_multiples(batch, parts)}"
         )
     return placement
 

@@ -21,7 +21,7 @@ def join(batches: list[Batch]) -> Batch:
 def assert_rows_do_not_depend_on_the_cut(pipeline: Pipeline) -> None:
     """Compares whole global batches with the same ones cut in 2, 3 and 4 uneven parts."""
     whole = list(pipeline.train(1, 0, slice(0, pipeline.global_batch)))
-    assert len(whole) == pipeline.steps_per_epoch == pipeline.train_size // pipeline.global_batch
+    assert len(whole) == pipeline.steps_per_epoch
     for parts in (2, 3, 4):
         cut = [order.part(pipeline.global_batch, index, parts) for index in range(parts)]
         streams = [list(pipeline.train(1, 0, slice(rows.start, rows.stop))) for rows in cut]
@@ -37,9 +37,23 @@ def assert_an_epoch_can_begin_anywhere(pipeline: Pipeline) -> None:
         rest = list(pipeline.train(2, first, rows))
         assert len(rest) == pipeline.steps_per_epoch - first
         assert all(same(a, b) for a, b in zip(rest, whole[first:], strict=True))
-    ids = join(whole).ids
-    assert ids.unique().numel() == ids.numel()
-    assert not torch.equal(join(list(pipeline.train(3, 0, rows))).ids, ids)
+    assert not torch.equal(join(list(pipeline.train(3, 0, rows))).ids, join(whole).ids)
+
+
+def assert_an_epoch_shows_no_sample_twice(pipeline: Pipeline) -> None:
+    """Looks through one epoch."""
+    ids = join(list(pipeline.train(2, 0, slice(0, pipeline.global_batch)))).ids
+    assert len(ids.unique()) == len(ids) == pipeline.steps_per_epoch * pipeline.global_batch
+
+
+def assert_batches_are_made_of_classes(pipeline: Pipeline, images: int) -> None:
+    """Looks for tuples of different images of one class, a class once a batch, in two epochs."""
+    for epoch in range(2):
+        for batch in pipeline.train(epoch, 0, slice(0, pipeline.global_batch)):
+            targets = batch.targets.view(-1, images)
+            assert (targets == targets[:, :1]).all()
+            assert len(targets[:, 0].unique()) == len(targets)
+            assert len(batch.ids.unique()) == len(batch.ids)
 
 
 def assert_each_validation_row_comes_once(pipeline: Pipeline) -> None:
@@ -92,6 +106,10 @@ def assert_what_is_held_out_is_never_trained_on(pipeline: Pipeline, count: int, 
     rows = slice(0, pipeline.global_batch)
     trained_on = {i for epoch in range(12) for batch in pipeline.train(epoch, 0, rows) for i in batch.ids.tolist()}
     assert trained_on == set(range(size)) - set(whole.ids.tolist())
+    targets = labels.copy()
+    targets[whole.ids.numpy()] = -1
+    assert pipeline.train_targets.dtype == np.int64
+    assert pipeline.train_targets.tolist() == targets.tolist()
     for parts, batch in ((1, 2), (2, 3), (3, count), (count + 2, 1)):
         batches = [each for part in range(parts) for each in pipeline.held_out(part, parts, batch)]
         assert same(join(batches), whole)

@@ -56,6 +56,26 @@ _FOLDER = {"dataset": "image_folder", "root": "/data", "global_batch": 8}
             _FOLDER | {"crop_ratio": [2.0, 1.0]},
             "Value error, crop_ratio: expected 0 < least <= greatest, found [2.0, 1.0]",
         ),
+        (
+            _FOLDER | {"images_per_class": 2},
+            "Value error, images_per_class: 2 has no meaning for sampler shuffle; "
+            "it belongs to class_balanced and class_tuples",
+        ),
+        (
+            _SUBSET | {"sampler": "class_balanced", "images_per_class": 1},
+            "images_per_class: Input should be greater than or equal to 2",
+        ),
+        (
+            _SUBSET | {"sampler": "class_tuples", "images_per_class": 3},
+            "Value error, global_batch: expected a multiple of images_per_class = 3 for sampler class_tuples, found 8; "
+            "nearest: 6 or 9",
+        ),
+        (
+            _SUBSET | {"sampler": "class_tuples", "images_per_class": 9},
+            "Value error, global_batch: expected a multiple of images_per_class = 9 for sampler class_tuples, found 8; "
+            "nearest: 9",
+        ),
+        (_SUBSET | {"sampler": "class"}, "sampler: Input should be 'shuffle', 'class_balanced' or 'class_tuples'"),
         (_FOLDER | {"decoder": "gpu"}, "decoder: Input should be 'auto', 'cpu' or 'mixed'"),
     ],
 )
@@ -74,6 +94,11 @@ def test_yaml_values() -> None:
 def test_a_config_survives_json() -> None:
     config = DataConfig(**_FOLDER, crop_area=[0.25, 1])
     assert DataConfig(**config.model_dump(mode="json", exclude_unset=True)) == config
+    for sampler in ("shuffle", "class_balanced", "class_tuples"):
+        config = DataConfig(**_SUBSET, sampler=sampler)
+        written = config.model_dump(mode="json")
+        assert ("images_per_class" in written) == (sampler != "shuffle")
+        assert DataConfig(**written) == config
 
 
 def test_every_field_is_described() -> None:

@@ -92,6 +92,30 @@ def test_an_epoch_can_begin_anywhere(pipeline: Pipeline) -> None:
     cutting.assert_an_epoch_can_begin_anywhere(pipeline)
 
 
+def test_an_epoch_shows_no_sample_twice(pipeline: Pipeline) -> None:
+    cutting.assert_an_epoch_shows_no_sample_twice(pipeline)
+
+
+@pytest.mark.parametrize("sampler", ["class_balanced", "class_tuples"])
+def test_batches_of_classes(photos: Path, sampler: str) -> None:
+    pipeline = _open(photos, sampler=sampler, global_batch=6)
+    cutting.assert_batches_are_made_of_classes(pipeline, 2)
+    cutting.assert_rows_do_not_depend_on_the_cut(pipeline)
+    cutting.assert_an_epoch_can_begin_anywhere(pipeline)
+    pipeline.close()
+    pipeline = _open(photos, sampler=sampler, global_batch=6, held_out=0.3)
+    cutting.assert_what_is_held_out_is_never_trained_on(pipeline, 8, np.repeat([0, 1, 2], 9))
+    pipeline.close()
+
+
+def test_more_tuples_than_classes(photos: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        check(_config(photos, sampler="class_tuples"))
+    assert str(caught.value) == (
+        "global_batch: expected at most 6 for sampler class_tuples, images_per_class = 2 for each of 3 classes, found 8"
+    )
+
+
 def test_each_validation_row_comes_once(pipeline: Pipeline) -> None:
     cutting.assert_each_validation_row_comes_once(pipeline)
 

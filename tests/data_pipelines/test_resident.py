@@ -26,7 +26,7 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _open(root: Path, **options: Any) -> Pipeline:
-    config = DataConfig(dataset="fashion_mnist", root=root, global_batch=10, **options)
+    config = DataConfig(dataset="fashion_mnist", root=root, **{"global_batch": 10} | options)
     return open_pipeline(config, seed=5, device=_CPU)
 
 
@@ -90,6 +90,54 @@ def test_views_follow_their_own_random_numbers(fashion: Path) -> None:
 
 def test_an_epoch_can_begin_anywhere(pipeline: Pipeline) -> None:
     cutting.assert_an_epoch_can_begin_anywhere(pipeline)
+
+
+def test_an_epoch_shows_no_sample_twice(pipeline: Pipeline) -> None:
+    cutting.assert_an_epoch_shows_no_sample_twice(pipeline)
+
+
+@pytest.mark.parametrize("sampler", ["class_balanced", "class_tuples"])
+def test_batches_of_classes(fashion: Path, sampler: str) -> None:
+    labels = STANDARD["fashion_mnist"].read(fashion)[0].labels
+    for options in ({}, {"held_out": 0.2}, {"images_per_class": 5, "views": "per_peer"}):
+        pipeline = _open(fashion, sampler=sampler, **options)
+        cutting.assert_batches_are_made_of_classes(pipeline, options.get("images_per_class", 2))
+        cutting.assert_rows_do_not_depend_on_the_cut(pipeline)
+        cutting.assert_an_epoch_can_begin_anywhere(pipeline)
+        cutting.assert_a_batch_is_as_promised(pipeline, labels)
+    cutting.assert_what_is_held_out_is_never_trained_on(_open(fashion, sampler=sampler, held_out=0.2), 12, labels)
+
+
+def test_steps_of_batches_of_classes(fashion: Path) -> None:
+    """Of 61 images 10 classes have 6 each and one of these one more: 30 pairs, or 10 tuples of 5."""
+    assert _open(fashion, sampler="class_balanced", images_per_class=5).steps_per_epoch == 6
+    for images, steps in ((2, 6), (5, 5)):
+        pipeline = _open(fashion, sampler="class_tuples", images_per_class=images)
+        assert pipeline.steps_per_epoch == steps
+        cutting.assert_an_epoch_shows_no_sample_twice(pipeline)
+
+
+@pytest.mark.parametrize("sampler", ["class_balanced", "class_tuples"])
+def test_too_few_images_or_classes_for_batches_of_classes(fashion: Path, sampler: str) -> None:
+    for options, message in (
+        (
+            {"images_per_class": 10},
+            "images_per_class: 10 are more than the 6 training samples of class 'Trouser'; expected at most 6",
+        ),
+        (
+            {"held_out": 0.8},
+            "images_per_class: 2 are more than the 0 training samples of class 'Sneaker' that held_out = 0.8 leaves; "
+            "expected sampler = shuffle",
+        ),
+        (
+            {"global_batch": 22},
+            f"global_batch: expected at most 20 for sampler {sampler}, images_per_class = 2 for each of 10 classes, "
+            "found 22",
+        ),
+    ):
+        with pytest.raises(DataError) as caught:
+            _open(fashion, sampler=sampler, **options)
+        assert str(caught.value) == message
 
 
 def test_each_validation_row_comes_once(pipeline: Pipeline) -> None:

@@ -244,7 +244,32 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "misspelt_data_key": (
         "data.paddng=3",
         "data.paddng = 3: unknown key; did you mean 'padding'?; data has: crop_area, crop_ratio, dataset, decoder, "
-        "flip, global_batch, held_out, image_size, mean, padding, padding_mode, resize, root, std, threads, views",
+        "flip, global_batch, held_out, image_size, images_per_class, mean, padding, padding_mode, resize, root, "
+        "sampler, std, threads, views",
+    ),
+    "images_per_class_of_shuffled_images": (
+        "data.images_per_class=4",
+        "data.images_per_class: 4 has no meaning for sampler shuffle; it belongs to class_balanced and class_tuples",
+    ),
+    "misspelt_sampler": (
+        "data.sampler=class_balance",
+        "data.sampler = 'class_balance': expected one of shuffle, class_balanced, class_tuples; "
+        "did you mean 'class_balanced'?",
+    ),
+    "batch_of_no_whole_tuples": (
+        "data={dataset: fashion_mnist, root: {at}/data, global_batch: 24, sampler: class_tuples, images_per_class: 5}",
+        "data.global_batch: expected a multiple of images_per_class = 5 for sampler class_tuples, found 24; "
+        "nearest: 20 or 25",
+    ),
+    "more_tuples_than_classes": (
+        "data.sampler=class_balanced",
+        "data.global_batch: expected at most 20 for sampler class_balanced, images_per_class = 2 for each of 10 "
+        "classes, found 24",
+    ),
+    "too_few_images_of_a_class": (
+        "data={dataset: fashion_mnist, root: {at}/data, global_batch: 8, held_out: 0.9, sampler: class_tuples}",
+        "images_per_class: 2 are more than the 0 training samples of class 'Trouser' that held_out = 0.9 leaves; "
+        "expected sampler = shuffle",
     ),
     "padding_too_wide": ("data.padding=28", "data.padding: expected less than the image's 28 pixels, found 28"),
     # The command line.
@@ -288,6 +313,16 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return int(end.value.code or 0), out, err
 
     return run
+
+
+def test_tuples_of_a_class_are_not_torn_apart(at: Path, command: Callable[..., Outcome]) -> None:
+    """24 rows in 4 micro-batches of 6, which is no multiple of 4."""
+    arguments = ("train.accumulation=4", "data.sampler=class_balanced", "data.images_per_class=4")
+    message = (
+        "error: data.global_batch = 24: cannot be split evenly over 1 replicas x 4 micro-batches in whole tuples of 4 "
+        "images of a class; nearest: 16 or 32\n"
+    )
+    assert command(at / "small.yaml", *arguments) == (2, "", message)
 
 
 @pytest.mark.parametrize("mistake", OVERRIDES)

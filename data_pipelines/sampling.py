@@ -1,0 +1,63 @@
+"""Which training samples an epoch shows, and in which batches: what every pipeline does with `data.sampler`."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines import order
+from data_pipelines.config import DataConfig
+from data_pipelines.contract import DataError
+
+
+class Sampling:
+    """The training split, cut into samples that are trained on and samples that are held out.
+
+    Args:
+        config: how batches are drawn, and how much is held out.
+        seed: of both.
+        labels: class of each sample of the training split, int64 [size].
+        class_names: of all classes.
+
+    Attributes:
+        trained_on: the samples that are trained on, ascending, int64.
+        held_out: the samples that are not, ascending, int64.
+        targets: class of each sample of the split, -1 for those that are held out, int64 [size].
+        steps: global batches of an epoch, the same in every epoch.
+
+    Raises:
+        DataError: a class has fewer samples to be trained on than a batch takes of it.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, labels: NDArray[np.int64], class_names: tuple[str, ...]) -> None:
+        self._config, self._seed = config, seed
+        self.trained_on, self.held_out = order.hold_out(seed, len(labels), config.held_out_of(len(labels)))
+        self.targets = labels.copy()
+        self.targets[self.held_out] = -1
+        self._labels = labels[self.trained_on]
+        self.steps = len(self._labels) // config.global_batch
+        if config.sampler == "shuffle":
+            return
+        counts = np.bincount(self._labels, minlength=len(class_names))
+        rarest = int(counts.argmin())
+        if counts[rarest] < config.images_per_class:
+            left = f" that held_out = {config.held_out} leaves" if config.held_out else ""
+            raise DataError(
+                f"images_per_class: {config.images_per_class} are more than the {counts[rarest]} training samples of "
+                f"class {class_names[rarest]!r}{left}; expected "
+                + (f"at most {counts[rarest]}" if counts[rarest] > 1 else "sampler = shuffle")
+            )
+        if config.sampler == "class_tuples":
+            self.steps = order.class_tuples_steps(self._labels, config.tuples, config.images_per_class)
+
+    def epoch(self, epoch: int) -> NDArray[np.int64]:
+        """Returns the samples of an epoch, positions in the training split: int64 [steps, global_batch]."""
+        config = self._config
+        if config.sampler == "class_balanced":
+            drawn = order.class_balanced(
+                self._seed, epoch, self._labels, self.steps, config.tuples, config.images_per_class
+            )
+        elif config.sampler == "class_tuples":
+            drawn = order.class_tuples(self._seed, epoch, self._labels, config.tuples, config.images_per_class)
+        else:
+            shuffled = order.epoch_order(self._seed, epoch, len(self._labels))
+            drawn = shuffled[: self.steps * config.global_batch].reshape(self.steps, config.global_batch)
+        return self.trained_on[drawn]
