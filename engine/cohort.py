@@ -77,6 +77,8 @@ class Resident:
     wrapped: nn.Module
     """The peer as it is called in training: it averages gradients over its replica group, if that has several ranks."""
     optimizer: torch.optim.Optimizer
+    apart: frozenset[str]
+    """Names of those parameters of the peer that its replicas do not have in common."""
     outer: dict[str, nn.Parameter]
     """Those parameters of the peer that an outer step moves, by name, and"""
     outer_optimizer: torch.optim.Optimizer | None
@@ -226,6 +228,12 @@ class Cohort:
     def _resident(self, index: int, outline: _Outline) -> Resident:
         with initialisation(self.config.seed, self.placement.num_peers + 1 + index):
             head = self.method.head(outline.info)
+        if head is not None and self.placement.replica and self.method.kept_apart(head):
+            with initialisation(self.config.seed, (2 + self.placement.replica) * self.placement.num_peers + 1 + index):
+                other = self.method.head(outline.info)
+            assert other is not None
+            for p, own in zip(self.method.kept_apart(head), self.method.kept_apart(other), strict=True):
+                p.data.copy_(own)
         network = self._network(index, self.config.cohort[index][1].pretrained)
         whole = network
         if self.trunk is not None and outline.trunk is not None:
@@ -242,18 +250,21 @@ class Cohort:
             network.compile()
         signals = [name for name in self.method.signals if name != "teacher"]
         outer = list(self.method.outer(head)) if head is not None else []
+        apart = list(self.method.kept_apart(head)) if head is not None else []
         outer_optimizer = self._optimizer(nn.ParameterList(outer)) if outer else None
         for p in outer:
             p.requires_grad_(False)
         peer = Peer(network, head and self._placed(head), taps, signals)
+        names = {id(p): name for name, p in peer.named_parameters()}
         return Resident(
             index=index,
             name=self.config.cohort[index][0],
             peer=peer,
             whole=whole,
-            wrapped=_average_gradients(peer, self.replica_group, self.device),
+            wrapped=_average_gradients(peer, self.replica_group, self.device, [names[id(p)] for p in apart]),
+            apart=frozenset(names[id(p)] for p in apart),
             optimizer=self._optimizer(peer),
-            outer={name: p for name, p in peer.named_parameters() if any(p is other for other in outer)},
+            outer={names[id(p)]: p for p in outer},
             outer_optimizer=outer_optimizer,
             ema=ema,
         )
@@ -514,10 +525,14 @@ def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
     torch._foreach_copy_(list(tensors), [piece.view_as(x) for piece, x in zip(pieces, tensors, strict=True)])
 
 
-def _average_gradients(module: nn.Module, group: dist.ProcessGroup | None, device: torch.device) -> nn.Module:
+def _average_gradients(
+    module: nn.Module, group: dist.ProcessGroup | None, device: torch.device, apart: Sequence[str] = ()
+) -> nn.Module:
     assert group is not None
     if group.size() == 1:
         return module
+    # Of DDP's own making, and the only way to have it leave parameters alone.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, apart)
     return DistributedDataParallel(
         module,
         device_ids=[device.index] if device.type == "cuda" else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ def check_same_weights(cohort: Cohort, step: int) -> None:
         RanksDisagreeError: on every rank of the group that disagrees.
     """
     for resident in cohort.residents.values():
-        if not _equal(_checksum(resident.peer), cohort.replica_group):
+        if not _equal(_checksum(resident.peer, resident.apart), cohort.replica_group):
             raise RanksDisagreeError(f"step {step}: replicas of {resident.name} hold different weights")
     if cohort.shared_optimizer is not None and not _equal(_checksum(cohort.shared), dist.group.WORLD):
         raise RanksDisagreeError(f"step {step}: the modules that all peers share differ between ranks")
@@ -47,9 +49,11 @@ def _equal(number: Tensor, group: dist.ProcessGroup | None) -> bool:
     return bool((numbers == numbers[0]).all().item())
 
 
-def _checksum(module: nn.Module) -> Tensor:
-    """Of the bits of all parameters, in int64."""
+def _checksum(module: nn.Module, but: Collection[str] = ()) -> Tensor:
+    """Of the bits of all parameters but some, in int64."""
     sums = [
-        p.detach().view(torch.int32).sum(dtype=torch.int64) * (2 * i + 1) for i, p in enumerate(module.parameters())
+        p.detach().view(torch.int32).sum(dtype=torch.int64) * (2 * i + 1)
+        for i, (name, p) in enumerate(module.named_parameters())
+        if name not in but
     ]
     return torch.stack(sums).sum()

@@ -86,11 +86,13 @@ def make_table(
     width: int,
     dtype: torch.dtype,
     initial: Callable[[Tensor], Tensor],
-    sharded: bool,
+    *,
+    sharded: bool = False,
+    apart: bool = False,
 ) -> Table | ShardedTable:
     """See `losses.contract.MakeTable`."""
     mine = part(size, dist.get_rank(), dist.get_world_size()) if sharded else range(size)
     rows = torch.empty(len(mine), width, dtype=dtype, device=device)
     for ids in torch.arange(mine.start, mine.stop, device=device).split(1 << 16):
-        rows[ids - mine.start] = initial(ids).to(dtype)
+        rows[ids - mine.start] = initial(ids + apart * dist.get_rank() * size).to(dtype)
     return ShardedTable(size, rows) if sharded else Table(rows)

@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ class _Shapes(nn.Module):
         self.classes = torch.arange(_IMAGES, device=device) % _CLASSES
         self.ids = torch.randperm(_IMAGES)[:batch].to(device)
         self.targets = self.classes[self.ids]
-        tables: Any = lambda *arguments: make_table(device, *arguments)  # noqa: E731
-        self.memory = Memory(self.options, _PEERS, self.classes, tables, (1, 2))
+        self.memory = Memory(self.options, _PEERS, self.classes, partial(make_table, device), (1, 2))
 
 
 def ours(shapes: _Shapes) -> Objective:

@@ -75,9 +75,29 @@ class Table(Protocol):
         """Puts [M, d] in the places [M], which differ from each other. Every rank must call it with the same."""
 
 
-MakeTable = Callable[[int, int, torch.dtype, Callable[[Tensor], Tensor], bool], Table]
-"""(n rows, width d, number format, ids int64 [M] -> what stands there at first [M, d], whether each rank keeps only a
-part of the rows) -> a table, which is an nn.Module and is saved with the run."""
+class MakeTable(Protocol):
+    """Builds tables."""
+
+    def __call__(
+        self,
+        size: int,
+        width: int,
+        dtype: torch.dtype,
+        initial: Callable[[Tensor], Tensor],
+        *,
+        sharded: bool = False,
+        apart: bool = False,
+    ) -> Table:
+        """A table, which is an nn.Module and is saved with the run.
+
+        Args:
+            size: n, the number of rows.
+            width: d.
+            dtype: number format of the rows.
+            initial: int64 [M] -> what stands in these rows at first, float32 [M, d].
+            sharded: whether each rank keeps only a part of the rows.
+            apart: whether each rank begins with other rows; reading and writing are as ever.
+        """
 
 
 class Exchange(Protocol):
@@ -257,6 +277,11 @@ class Method(nn.Module, ABC):
         Raises:
             ValueError: the data set is not fit for the method, naming what is missing.
         """
+
+    def kept_apart(self, head: nn.Module) -> Sequence[nn.Parameter]:
+        """The parameters of a peer's head that replicas begin with differently and whose gradients they do not average,
+        as some published code does. The numbers then depend on the placement, and the first replica's are saved."""
+        return ()
 
     def outer(self, head: nn.Module) -> Sequence[nn.Parameter]:
         """The parameters of a peer's head that the step leaves alone and that `outer_step` has gradients for. They have

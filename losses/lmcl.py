@@ -35,6 +35,11 @@ class LMCLOptions(ContrastiveOptions):
         "exact",
         description="published: as the published code, which lost the factor of weight decay in its recursion",
     )
+    replicas: Literal["synchronised", "published"] = Field(
+        "synchronised",
+        description="published: as the published code, replicas begin with heads, gates and banks of their own and "
+        "never average the gradients of heads and gates; the numbers then depend on the placement",
+    )
     vcl_bank: Literal["own", "published"] = Field(
         "own",
         description="memory: the bank that a peer's VCL takes; published: that of the first peer of the pair, for both",
@@ -85,6 +90,17 @@ class LMCL(Contrastive):
     signals = ("logits", "exits", "aggregate", "embeddings", "match")
     private = ("logits", "exits")
     deployed = "best"
+
+    @property
+    def banks_begin_apart(self) -> bool:  # type: ignore[override]
+        """As in the published code."""
+        return self.options.replicas == "published"
+
+    def kept_apart(self, head: nn.Module) -> Sequence[nn.Parameter]:
+        assert isinstance(head, Exits)
+        if self.options.replicas == "synchronised":
+            return ()
+        return [*head.projections.parameters(), *head.gate.parameters()]
 
     @classmethod
     def taps(cls, options: LMCLOptions, num_stages: int) -> Sequence[int]:

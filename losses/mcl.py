@@ -34,6 +34,7 @@ class Contrastive(Method):
 
     options: ContrastiveOptions
     memory: Memory
+    banks_begin_apart = False
 
     def __init__(self, options: ContrastiveOptions, peers: Sequence[PeerInfo]) -> None:
         super().__init__(options, peers)
@@ -51,7 +52,9 @@ class Contrastive(Method):
 
     def prepare(self, classes: Tensor, make_table: MakeTable) -> None:
         if self.options.negatives == "memory":
-            self.memory = Memory(self.options, self.num_peers, classes, make_table, self._key)
+            self.memory = Memory(
+                self.options, self.num_peers, classes, make_table, self._key, apart=self.banks_begin_apart
+            )
 
     def rows(
         self,

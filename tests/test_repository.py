@@ -11,7 +11,9 @@ import pytest
 from engine.config_file import load
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if not path.stem.endswith("base") and path.stem != "quickstart")
+CONFIGS = sorted(
+    path for path in ROOT.glob("configs/*/*.yaml") if not path.stem.endswith("base") and path.stem != "quickstart"
+)
 
 
 @functools.cache
