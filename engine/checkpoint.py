@@ -95,7 +95,8 @@ def folder_of(run: Path, step: int) -> Path:
 def steps_on_disk(run: Path) -> list[int]:
     """The steps that have a checkpoint folder, ascending; whether it is whole is another question."""
     names = (path.name for path in (run / "checkpoints").glob("step_*"))
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d+)", name)))
+    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step_(0[0-9]{7}|[1-9][0-9]{7,17})", name))]
+    return sorted(steps)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -174,6 +175,11 @@ class Saver:
                 "(checkpoint.every_steps, checkpoint.every_epochs)"
             )
         writing.result()
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is writing at the moment."""
+        return self._pending is not None and not self._pending[2].done()
 
     def close(self) -> None:
         """Lets what is being written come to its end, whatever that is."""
@@ -301,7 +307,8 @@ def leftovers(run: Path) -> list[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint. Renamed first: a folder that is half removed would look like a damaged checkpoint."""
+    """Removes a checkpoint, or what was left of one."""
+    # Renamed first: a folder that is half removed would look like a damaged checkpoint.
     removed = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.removed")
     folder.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
