@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipelines import DataError, Pipeline, open_pipeline
 from engine import checkpoint
-from engine.checkpoint import Best, CheckpointError, Manifest
+from engine.checkpoint import Best, Manifest, Saver
 from engine.cohort import Cohort
 from engine.collectives import Launch, choose_device, start
 from engine.config import RunConfig
@@ -68,6 +68,7 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Path:
                     print(f"error: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
                 raise
             finally:
+                run.saver.close()
                 if run.tracker:
                     run.tracker.close()
         finally:
@@ -95,6 +96,10 @@ def _set_precision(config: RunConfig, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
 
 
+def _say_nothing(_: str) -> None:
+    pass
+
+
 class _Run:
     """One rank's part of a run."""
 
@@ -108,6 +113,7 @@ class _Run:
         self.best: Best | None = None
         self.tracker: Tracker | None = None
         self._resume()
+        self.saver = Saver(config.folder, self.cohort, self.tracker.say if self.tracker else _say_nothing)
         if self.step < self.steps and self.cohort.averages_gradients:
             share = config.data.global_batch // placement.replicas // config.train.accumulation
             settle(self.cohort, share, Progress(self.step, self.steps_per_epoch, config.train.epochs))
@@ -120,7 +126,7 @@ class _Run:
         dist.broadcast_object_list(found, src=0)
         manifest: Manifest | None = found[0]
         if manifest is not None:
-            self._load(manifest)
+            checkpoint.load(self.config.folder, manifest, self.cohort)
             self.step, self.best = manifest.step, manifest.best
             self.meter.in_a_row.fill_(manifest.in_a_row)
         if first:
@@ -133,17 +139,6 @@ class _Run:
             if self.step:
                 state = "complete" if self.step >= self.steps else "going on"
                 self.tracker.say(f"{state} at step {self.step} of {self.steps}, from its checkpoint")
-
-    def _load(self, manifest: Manifest) -> None:
-        failure = None
-        try:
-            checkpoint.load(self.config.folder, manifest, self.cohort)
-        except (CheckpointError, OSError) as error:
-            failure = str(error)
-        failures: list[str | None] = [None] * self.placement.world
-        dist.all_gather_object(failures, failure)
-        for message in filter(None, failures):
-            raise CheckpointError(message)
 
     def to_the_end(self) -> None:
         while self.step < self.steps:
@@ -163,6 +158,7 @@ class _Run:
                 if self.tracker:
                     self.tracker.progress(self.step)
                 self._report_and_save(batch.ids)
+        self.saver.wait()
 
     def _report_and_save(self, ids: Tensor) -> None:
         """What is due after a step, in the order in which a kill between two of them loses nothing: a checkpoint comes
@@ -187,9 +183,7 @@ class _Run:
             if self.best is None or top1 > self.best.top1:
                 self.best, save = Best(step, top1), True
         if save:
-            checkpoint.save(
-                config.folder,
-                self.cohort,
+            self.saver.save(
                 step=step,
                 best=self.best,
                 in_a_row=int(self.meter.in_a_row.item()),

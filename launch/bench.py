@@ -2,6 +2,7 @@
 
     python launch/bench.py step                     the engine's step against a bare loop in plain PyTorch
     torchrun --nproc-per-node=2 launch/bench.py exchange    spread peers against the same peers uncoupled
+    python launch/bench.py checkpoint               saving beside training, against waiting for the disk
     python launch/bench.py bytes                    not timed: what each method sends, from its signals' shapes
     python launch/bench.py lmcl                     L-MCL's objective with memory banks against one pair after another
     python launch/bench.py lmcl-step                a step of L-MCL against two networks alone, and its outer step
@@ -15,8 +16,11 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from torch import Tensor
 
 import models
 from data_pipelines import Batch
+from engine.checkpoint import Saver
 from engine.cohort import Cohort
 from engine.collectives import Launch, choose_device, start
 from engine.config import RunConfig
@@ -44,7 +49,7 @@ CLASSES = 100
 def main() -> None:
     """The command."""
     arguments = parser(__doc__ or "", "")
-    arguments.add_argument("what", choices=["step", "exchange", "bytes", "lmcl", "lmcl-step"])
+    arguments.add_argument("what", choices=["step", "exchange", "checkpoint", "bytes", "lmcl", "lmcl-step"])
     arguments.add_argument("--network", default="torchvision/resnet18", help="of both peers (default: %(default)s)")
     arguments.add_argument("--size", type=int, default=32, help="side of the images (default: %(default)s)")
     arguments.add_argument("--batch", type=int, default=64, help="rows of a step (default: %(default)s)")
@@ -52,6 +57,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=3, help="steps in one timing (default: %(default)s)")
     arguments.add_argument("--amp", choices=["float32", "bf16", "fp16"], default="float32")
     arguments.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="lmcl: rows (default: 8 32)")
+    arguments.add_argument("--folder", type=Path, help="checkpoint: where to write (default: a temporary folder)")
     arguments.add_argument("--threads", type=int, help="CPU threads; torch's choice if absent")
     options = arguments.parse_args()
     launch = Launch.from_environment()
@@ -69,10 +75,16 @@ def main() -> None:
                 print(f"  {method:16} {bytes_a_step(method):>12,}")
             dist.destroy_process_group()
             return
+        if options.what == "checkpoint":
+            saving(options, device, launch)
+            dist.destroy_process_group()
+            return
         if options.what == "step":
-            variants = {"engine": engine_step(options, "dml", device, launch), "bare loop": bare_step(options, device)}
+            engine = engine_step(bench_cohort(options, "dml", device, launch), options)
+            variants = {"engine": engine, "bare loop": bare_step(options, device)}
         else:
-            variants = {name: engine_step(options, name, device, launch) for name in ("dml", "independent")}
+            cohorts = {name: bench_cohort(options, name, device, launch) for name in ("dml", "independent")}
+            variants = {name: engine_step(cohort, options) for name, cohort in cohorts.items()}
         compare(variants, options, device, launch)
         dist.destroy_process_group()
 
@@ -127,16 +139,72 @@ def compare(
     ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     if launch.rank == 0:
-        where = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
-        print(
-            f"{options.what}: 2 x {options.network}, {options.size} px, {options.batch} rows, {options.amp}, "
-            f"{launch.world} ranks, {where}, torch {torch.__version__}, {platform.machine()}"
-        )
+        print(headline(options, device, launch))
         for name, measured in times.items():
             print(f"  {name:12} {1000 * statistics.median(measured):8.2f} ms a step (median of {len(measured)})")
         print(f"  {one} / {other}: {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
+
+
+def headline(options: argparse.Namespace, device: torch.device, launch: Launch) -> str:
+    """What was measured, on what."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        f"{options.what}: 2 x {options.network}, {options.size} px, {options.batch} rows, {options.amp}, "
+        f"{launch.world} ranks, {where}, torch {torch.__version__}, {platform.machine()}"
+    )
+
+
+def saving(options: argparse.Namespace, device: torch.device, launch: Launch) -> None:
+    """Times steps with a save at the start of each round: written beside them, waited for, and none, in turn."""
+    cohort = bench_cohort(options, "dml", device, launch)
+    step = engine_step(cohort, options)
+    kinds = ("no save", "beside", "waited for")
+    rounds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    blocked: dict[str, list[float]] = {kind: [] for kind in kinds}
+    during: list[float] = []
+    plain: list[float] = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        shared = [name]
+        dist.broadcast_object_list(shared, src=0)
+        run = Path(shared[0])
+        saver = Saver(run, cohort, print)
+        for done in range(options.rounds + 1):
+            for kind in kinds[:: 1 if done % 2 else -1]:
+                seconds, held = 0.0, 0.0
+                if kind != "no save":
+                    held = seconds = timed(partial(save, saver, done, wait=kind == "waited for"), 1, device)
+                for _ in range(options.steps):
+                    writing = saver.writing
+                    seconds += (one := timed(step, 1, device))
+                    if done and kind != "waited for":
+                        (during if writing else plain).append(one)
+                saver.wait()
+                if done:  # the first round warms up
+                    rounds[kind].append(seconds)
+                    blocked[kind].append(held)
+        size = sum(path.stat().st_size for path in run.rglob("*.pt"))
+        saver.close()
+    if launch.rank:
+        return
+    usual = statistics.median(plain)
+    print(f"{headline(options, device, launch)}; {size / 1e6:.0f} MB a checkpoint")
+    print(f"  a step while nothing is written: {1000 * usual:.1f} ms (median of {len(plain)})")
+    if during:
+        slower = statistics.median(during) / usual
+        print(f"  a step begun while files are written: {slower:.3f} times that (median of {len(during)})")
+    for kind in kinds[1:]:
+        held = statistics.median(blocked[kind])
+        print(f"  {kind:10} a save holds training up for {1000 * held:8.1f} ms, {held / usual:.2f} steps")
+        extra = [a - b for a, b in zip(rounds[kind], rounds["no save"], strict=True)]
+        low, middle, high = (1000 * x for x in statistics.quantiles(extra, n=4))
+        print(f"  {'':10} in all, slower steps included, {middle:.1f} ms (quartiles {low:.1f} to {high:.1f})")
+
+
+def save(saver: Saver, step: int, *, wait: bool) -> None:
+    """One checkpoint, written beside training or waited for."""
+    saver.save(step=step, best=None, in_a_row=0, keep=1)
+    if wait:
+        saver.wait()
 
 
 def timed(step: Callable[[], object], steps: int, device: torch.device) -> float:
@@ -161,8 +229,8 @@ def rows_of(batch: int, size: int, device: torch.device) -> Batch:
     return Batch((images,), targets.to(device), torch.arange(batch, device=device))
 
 
-def engine_step(options: argparse.Namespace, method: str, device: torch.device, launch: Launch) -> Callable[[], object]:
-    """A step as `train.py` makes it, meter and clock included, on rows that are there already."""
+def bench_cohort(options: argparse.Namespace, method: str, device: torch.device, launch: Launch) -> Cohort:
+    """Two peers of the network that is asked for."""
     config: RunConfig = validate(
         {
             "name": "bench",
@@ -175,9 +243,14 @@ def engine_step(options: argparse.Namespace, method: str, device: torch.device, 
         }
     )
     placement = plan(config, launch.world, launch.rank)
-    cohort = Cohort(
+    return Cohort(
         config, placement, device, num_classes=CLASSES, channels=3, image_size=options.size, steps_per_epoch=1000
     )
+
+
+def engine_step(cohort: Cohort, options: argparse.Namespace) -> Callable[[], object]:
+    """A step as `train.py` makes it, meter and clock included, on rows that are there already."""
+    placement, device = cohort.placement, cohort.device
     batch = rows_of(options.batch, options.size, device)
     share = placement.rows(options.batch)
     batch = Batch((batch.images[share],), batch.targets[share], batch.ids[share])

@@ -1,4 +1,4 @@
-"""What evaluate and export need of a finished or unfinished run."""
+"""What commands need of a finished or unfinished run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,19 @@ def open_run(run: Path, which: str, overrides: Sequence[str] = ()) -> tuple[RunC
         raise CheckpointError("\n".join([*damaged, f"{run}: has no checkpoint that can be used"]))
     if which == "newest":
         return settings, newest
-    steps = checkpoint.steps_on_disk(run)
-    step = newest.best.step if which == "best" and newest.best else int(which) if which.isdigit() else None
-    if step not in steps:
-        listed = ", ".join(str(s) for s in steps)
-        raise CheckpointError(f"--checkpoint {which}: expected newest, best or a step; {run} has the steps {listed}")
+    step = choose_step(run, which, newest.step, newest.best.step if newest.best else None)
     return settings, checkpoint.verify(checkpoint.folder_of(run, step))
+
+
+def choose_step(run: Path, which: str, newest: int | None, best: int | None) -> int:
+    """The step that `--checkpoint` means: `newest`, `best` or a number.
+
+    Raises:
+        CheckpointError: it is not on disk.
+    """
+    step = {"newest": newest, "best": best}.get(which, int(which) if which.isdecimal() else None)
+    steps = checkpoint.steps_on_disk(run)
+    if step is None or step not in steps:
+        listed = ", ".join(str(s) for s in steps) or "none"
+        raise CheckpointError(f"--checkpoint {which}: expected newest, best or a step; {run} has the steps {listed}")
+    return step

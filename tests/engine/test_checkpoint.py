@@ -1,28 +1,36 @@
-"""Checkpoints on disk: every kind of damage is named, the one before is used, and a full disk does not end a run."""
+"""Checkpoints are written beside training, whole or not at all, and neither a full nor a slow disk ends a run."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pickle
+import os
+import re
+import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from engine import checkpoint
-from engine.checkpoint import Best, CheckpointError
+from engine.checkpoint import Best, Saver
+from engine.cohort import Cohort
 from engine.config import RunConfig
-from engine.files import digest
+from engine.files import sync
+from engine.placement import plan
 from engine.tracking import read_metrics
-from tests.kills import assert_same_state, final_state, numbers
-from tests.runs import small_run, train_here
-from tests.worlds import run_ranks
-
-PEER = "peer_cifar_resnet8_b-1.pt"
+from tests.checkpoints import PEER, a_run
+from tests.kills import assert_same_state, final_state, numbers, running
+from tests.runs import train_here
+from tests.worlds import run_ranks, run_world
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,11 +40,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def a_run(tiny: Path, folder: Path, **sections: Any) -> RunConfig:
-    """2 epochs of 5 steps on one rank, with a checkpoint of steps 9 and 10 left at the end."""
-    return small_run(tiny, folder, **{"checkpoint": {"every_steps": 3}, **sections})
 
 
 @pytest.fixture(scope="module")
@@ -52,184 +55,6 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(whole: Path, tmp_path: Path) -> Path:
     """A copy of it to damage."""
     return Path(shutil.copytree(whole, tmp_path / "run"))
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    raw = json.loads(path.read_text())
-    path.write_text(json.dumps(change(raw) or raw))
-
-
-def cut_short(folder: Path) -> None:
-    (folder / PEER).write_bytes((folder / PEER).read_bytes()[:-100])
-
-
-def flip_a_bit(folder: Path) -> None:
-    data = bytearray((folder / PEER).read_bytes())
-    data[len(data) // 2] ^= 0b100
-    (folder / PEER).write_bytes(data)
-
-
-def name_a_file_outside(folder: Path) -> None:
-    (folder.parent / "escape").write_bytes((folder / "shared.pt").read_bytes())
-    edit(folder / "manifest.json", lambda raw: raw["files"].update({"../escape": digest(folder.parent / "escape")}))
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "peer_cut_short": (cut_short, f"{{at}}/{PEER}: cut short or altered: {{size}} bytes expected, {{less}} found"),
-    "bit_flipped": (flip_a_bit, f"{{at}}/{PEER}: altered: its SHA-256 is not the one in the manifest"),
-    "peer_missing": (lambda at: (at / PEER).unlink(), f"{{at}}/{PEER}: missing"),
-    "shared_missing": (lambda at: (at / "shared.pt").unlink(), "{at}/shared.pt: missing"),
-    "manifest_missing": (
-        lambda at: (at / "manifest.json").unlink(),
-        "{at}/manifest.json: missing; the checkpoint was not finished",
-    ),
-    "manifest_empty": (
-        lambda at: (at / "manifest.json").write_text(""),
-        "{at}/manifest.json: not a manifest: Expecting value: line 1 column 1 (char 0)",
-    ),
-    "manifest_binary": (
-        lambda at: (at / "manifest.json").write_bytes(b"\xff\x00"),
-        "{at}/manifest.json: not a manifest: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
-    ),
-    "manifest_of_another_shape": (
-        lambda at: edit(at / "manifest.json", lambda raw: raw.update(files=[PEER])),
-        "{at}/manifest.json: not a manifest: 'list' object has no attribute 'items'",
-    ),
-    "manifest_without_hashes": (
-        lambda at: edit(at / "manifest.json", lambda raw: raw["files"][PEER].pop("sha256") and None),
-        "{at}/manifest.json: not a manifest: 'sha256'",
-    ),
-    "manifest_does_not_name_a_peer": (
-        lambda at: edit(at / "manifest.json", lambda raw: raw["files"].pop(PEER) and None),
-        f"{{at}}/manifest.json: does not name {PEER}",
-    ),
-    "other_version": (
-        lambda at: edit(at / "manifest.json", lambda raw: raw.update(version=2)),
-        "{at}/manifest.json: version 2; this program reads version 1",
-    ),
-    "names_a_file_outside": (
-        name_a_file_outside,
-        "{at}/manifest.json: names a file outside the checkpoint: '../escape'",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_and_the_checkpoint_before_is_used(
-    tiny: Path, whole: Path, run: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    inflict, message = DAMAGES[damage]
-    newest = checkpoint.folder_of(run, 10)
-    size = (newest / PEER).stat().st_size
-    inflict(newest)
-    expected = message.format(at=newest, size=size, less=size - 100)
-
-    with pytest.raises(CheckpointError) as error:
-        checkpoint.verify(newest)
-    assert str(error.value) == expected
-    manifest, damaged = checkpoint.newest(run)
-    assert manifest is not None
-    assert (manifest.step, damaged) == (9, [expected])
-
-    train_here(a_run(tiny, run))
-    said = capsys.readouterr().err
-    assert f"not used: {expected}\n" in said
-    assert "going on at step 9 of 10" in said
-    assert_same_state(final_state(run), final_state(whole))
-    assert numbers(run) == numbers(whole)
-
-
-def test_a_run_whose_checkpoints_are_all_damaged_begins_again_and_names_each(
-    tiny: Path, whole: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for step in checkpoint.steps_on_disk(run):
-        (checkpoint.folder_of(run, step) / PEER).unlink()
-    damaged = len(checkpoint.steps_on_disk(run))
-    train_here(a_run(tiny, run))
-    said = capsys.readouterr().err
-    assert said.count("not used: ") == damaged
-    assert "going on" not in said
-    assert_same_state(final_state(run), final_state(whole))
-    assert numbers(run) == numbers(whole)
-
-
-class Harmful:
-    """What a pickle may do when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.write_text, (self.path, "executed")
-
-
-@pytest.fixture
-def foreign(run: Path) -> Path:
-    """The newest checkpoint's second peer file is a harmful pickle, and the manifest agrees with it."""
-    newest = checkpoint.folder_of(run, 10)
-    (newest / PEER).write_bytes(pickle.dumps(Harmful(run / "harm"), protocol=2))
-    edit(newest / "manifest.json", lambda raw: raw["files"].update({PEER: digest(newest / PEER)}))
-    return newest
-
-
-def test_a_foreign_pickle_with_a_matching_hash_would_be_harmful(foreign: Path) -> None:
-    pickle.loads((foreign / PEER).read_bytes())
-    assert (foreign.parents[1] / "harm").read_text() == "executed"
-
-
-def test_a_foreign_pickle_with_a_matching_hash_is_refused_and_not_executed(
-    tiny: Path, run: Path, foreign: Path
-) -> None:
-    assert checkpoint.verify(foreign).step == 10
-    with pytest.raises(CheckpointError) as error:
-        train_here(a_run(tiny, run))
-    assert str(error.value).startswith(
-        f"{foreign / PEER}: refused, as it is no file of tensors and nothing in it is executed: "
-    )
-    assert not (run / "harm").exists()
-
-
-def test_a_checkpoint_that_one_rank_cannot_load_is_refused_by_all_ranks_alike(
-    tiny: Path, run: Path, foreign: Path
-) -> None:
-    of_rank_0, of_rank_1 = run_ranks(2, tell_refusal, a_run(tiny, run), timeout=60)
-    assert of_rank_0 == of_rank_1
-    assert of_rank_0.startswith(f"{foreign / PEER}: refused, as it is no file of tensors")
-
-
-def tell_refusal(config: RunConfig) -> str:
-    try:
-        train_here(config)
-    except CheckpointError as error:
-        return str(error)
-    return "none"
-
-
-@pytest.mark.parametrize("content", [b"", b"no tensors at all"])
-def test_a_peer_file_that_is_no_file_of_tensors_is_refused(tiny: Path, run: Path, content: bytes) -> None:
-    newest = checkpoint.folder_of(run, 10)
-    (newest / PEER).write_bytes(content)
-    edit(newest / "manifest.json", lambda raw: raw["files"].update({PEER: digest(newest / PEER)}))
-    with pytest.raises(CheckpointError) as error:
-        train_here(a_run(tiny, run))
-    assert str(error.value).startswith(f"{newest / PEER}: refused, as it is no file of tensors")
-
-
-def test_a_checkpoint_of_other_peers_is_refused(tiny: Path, run: Path) -> None:
-    (run / "config.yaml").unlink()  # Which would have refused it earlier.
-    peers = [{"network": "cifar_resnet8_b", "name": name, "options": {"width": 4}} for name in ("a", "b")]
-    with pytest.raises(CheckpointError) as error:
-        train_here(a_run(tiny, run, peers=peers))
-    assert str(error.value) == (
-        f"{checkpoint.folder_of(run, 10)}: of the peers cifar_resnet8_b-0, cifar_resnet8_b-1; expected a, b"
-    )
-
-
-def test_a_checkpoint_of_another_method_is_refused(tiny: Path, run: Path) -> None:
-    (run / "config.yaml").unlink()
-    with pytest.raises(CheckpointError) as error:
-        train_here(a_run(tiny, run, method={"name": "independent"}))
-    assert str(error.value) == f"{checkpoint.folder_of(run, 10)}: of method dml; expected independent"
 
 
 def test_the_best_is_the_first_with_the_highest_mean_top1(tiny: Path, tmp_path: Path) -> None:
@@ -248,8 +73,8 @@ def test_the_best_is_the_first_with_the_highest_mean_top1(tiny: Path, tmp_path: 
 def test_the_newest_and_the_best_are_kept(tiny: Path, tmp_path: Path, keep: int) -> None:
     train_here(a_run(tiny, tmp_path, checkpoint={"keep": 9, "every_steps": None}))
     # No later evaluation can be better than this.
-    manifest = checkpoint.folder_of(tmp_path, 10) / "manifest.json"
-    edit(manifest, lambda raw: raw.update(best={"step": 5, "top1": 100.0}))
+    newest = checkpoint.folder_of(tmp_path, 10)
+    checkpoint.write_manifest(newest, replace(checkpoint.verify(newest), best=Best(5, 100.0)))
     train_here(a_run(tiny, tmp_path, train={"epochs": 6}, checkpoint={"keep": keep, "every_steps": None}))
     assert checkpoint.steps_on_disk(tmp_path) == [5, *range(35 - 5 * keep, 31, 5)]
     assert checkpoint.verify(checkpoint.folder_of(tmp_path, 30)).best == Best(5, 100.0)
@@ -268,15 +93,28 @@ def test_leftovers_of_earlier_kills_do_not_matter_and_are_cleaned(tiny: Path, wh
 
 
 def test_a_checkpoint_that_is_there_but_damaged_is_replaced(tiny: Path, run: Path) -> None:
-    cut_short(checkpoint.folder_of(run, 10))
+    (checkpoint.folder_of(run, 10) / PEER).write_bytes(b"")
     train_here(a_run(tiny, run))
     assert checkpoint.verify(checkpoint.folder_of(run, 10)).step == 10
 
 
-def test_training_goes_on_where_checkpoints_is_a_file(tiny: Path, whole: Path, tmp_path: Path) -> None:
+# -- disks that are full or slow --------------------------------------------------------------------------------------
+
+
+def not_written(said: str) -> list[tuple[int, str]]:
+    """The steps whose checkpoints were not written, and what was said of each."""
+    lines = re.findall(r"^checkpoint of step (\d+) not written: (.*); training goes on$", said, re.MULTILINE)
+    return [(int(step), reason) for step, reason in lines]
+
+
+def test_training_goes_on_where_checkpoints_is_a_file(
+    tiny: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "checkpoints").write_text("not a folder")
-    with pytest.warns(UserWarning, match=r"checkpoint of step \d+ not written: .*checkpoints.*; training goes on$"):
-        train_here(a_run(tiny, tmp_path))
+    train_here(a_run(tiny, tmp_path))
+    at = tmp_path / "checkpoints"
+    expected = [(step, f"{at}/step_{step:08d}.tmp: Not a directory") for step in (3, 5, 6, 9, 10)]
+    assert not_written(capsys.readouterr().err) == expected
     assert numbers(tmp_path) == numbers(whole)
 
 
@@ -289,28 +127,225 @@ def test_training_goes_on_on_all_ranks_where_checkpoints_is_a_file(tiny: Path, t
 
 @pytest.fixture
 def small_disk(tmp_path: Path, whole: Path) -> Iterator[Path]:
-    """A run's folder whose checkpoints lie on a disk with room for one and a half of them."""
+    """A folder on a disk with room for one and a half checkpoints and what else a run writes."""
     size = sum(path.stat().st_size for path in checkpoint.folder_of(whole, 10).iterdir())
-    disk = tmp_path / "checkpoints"
+    disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size)}", "none", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs leave to mount a tmpfs")
-    yield tmp_path
+    yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_training_goes_on(
-    tiny: Path, small_disk: Path, ranks: int
+    tiny: Path, small_disk: Path, tmp_path: Path, ranks: int
 ) -> None:
-    config = a_run(tiny, small_disk)
-    if ranks == 1:
-        with pytest.warns(UserWarning, match=r"checkpoint of step \d+ not written: .*; training goes on$") as warned:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(small_disk)
+    said = run_ranks(ranks, train_and_listen, a_run(tiny, run), tmp_path / "said", timeout=60)[0]
+    failures = not_written(said)
+    assert [step for step, _ in failures] == [5, 6, 9, 10]
+    for step, reason in failures:  # Of two ranks, which fill the disk together, either may meet its end.
+        pattern = rf"{run}/checkpoints/step_{step:08d}\.tmp/peer_cifar_resnet8_b-[01]\.pt: No space left on device"
+        assert re.fullmatch(pattern, reason)
+    assert read_metrics(run)[-1]["step"] == 10
+    assert [path.name for path in small_disk.iterdir()] == ["step_00000003"]
+    assert checkpoint.verify(checkpoint.folder_of(run, 3)).step == 3
+
+
+def train_and_listen(config: RunConfig, at: Path, largest_file: int | None = None) -> str:
+    """Trains; returns what this rank wrote to stderr."""
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    path = at.with_name(f"{at.name}_{os.environ['RANK']}")
+    with path.open("w") as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
             train_here(config)
-        assert [str(warning.message).split()[3] for warning in warned] == ["5", "6", "9", "10"]
-    else:
-        run_ranks(ranks, train_here, config, timeout=60)
-    assert read_metrics(small_disk)[-1]["step"] == 10
-    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step_00000003"]
-    assert checkpoint.verify(checkpoint.folder_of(small_disk, 3)).step == 3
+        finally:
+            os.dup2(before, 2)
+    return path.read_text()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_takes_no_file_of_that_size_leaves_no_traces(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    """The kernel's limit on file sizes needs no privileges; peers' files are larger, those of the metrics smaller."""
+    config = a_run(tiny, tmp_path / "run")
+    said = run_ranks(ranks, train_and_listen, config, tmp_path / "said", 20_000, timeout=60)[0]
+    too_large = f"{tmp_path}/run/checkpoints/step_{{:08d}}.tmp/peer_cifar_resnet8_b-0.pt: File too large"
+    assert not_written(said) == [(step, too_large.format(step)) for step in (3, 5, 6, 9, 10)]
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 10
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_disk_that_has_room_again_gets_the_next_checkpoint(
+    tiny: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room comes and goes with the limit on file sizes, which the run itself meets when its files are synced."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(saver: Saver, *, step: int, **kwargs: Any) -> None:
+        saver.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step in (5, 6) else limits[0], limits[1]))
+        whole_save(saver, step=step, **kwargs)
+
+    whole_save = Saver.save
+    monkeypatch.setattr(Saver, "save", save)
+    try:
+        train_here(a_run(tiny, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [step for step, _ in not_written(capsys.readouterr().err)] == [5, 6]
+    assert_same_state(final_state(tmp_path), final_state(whole))
+    assert checkpoint.leftovers(tmp_path) == []
+
+
+def test_a_wait_for_a_slow_disk_is_told(
+    tiny: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.05)
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (time.sleep(0.1), sync(path)))
+    train_here(a_run(tiny, tmp_path))
+    said = capsys.readouterr().err
+    assert f"training waits for the checkpoint of step 5, which has been written to {tmp_path} for 0 s; if the" in said
+    assert_same_state(final_state(tmp_path), final_state(whole))
+    assert numbers(tmp_path) == numbers(whole)
+
+
+# -- beside training --------------------------------------------------------------------------------------------------
+
+
+def a_cohort(config: RunConfig) -> Cohort:
+    """The cohort of a run on this rank, with momentum in its optimisers."""
+    placement = plan(config, dist.get_world_size(), dist.get_rank())
+    sizes: Any = {"num_classes": 10, "channels": 1, "image_size": 28, "steps_per_epoch": 5}
+    cohort = Cohort(config, placement, torch.device("cpu"), **sizes)
+    fill(cohort, 1.0)
+    return cohort
+
+
+def fill(cohort: Cohort, value: float) -> None:
+    """Every number that learns, and its momentum, becomes `value`."""
+    for optimizer in cohort.optimizers():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.data.fill_(value)
+                optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, value)
+
+
+def learnt(folder: Path, step: int) -> set[float]:
+    """The values of the weights and the momentum of all peers in a checkpoint."""
+    at = checkpoint.folder_of(folder, step)
+    found = set()
+    for peer in checkpoint.verify(at).peers:
+        state = checkpoint.read_state(at, f"peer_{peer}.pt")
+        found |= {float(x) for kept in state["optimizer"]["state"].values() for x in kept["momentum_buffer"].unique()}
+        found |= {float(x) for x in state["network"]["conv1.weight"].unique()}
+    return found
+
+
+def save_and_change(config: RunConfig) -> list[float]:
+    """Saves five times; changes everything as soon as each save returns, and communicates meanwhile."""
+    cohort = a_cohort(config)
+    said: list[str] = []
+    saver = Saver(config.folder, cohort, said.append)
+    sums = []
+    for step in range(1, 6):
+        fill(cohort, float(step))
+        saver.save(step=step, best=None, in_a_row=0, keep=9)
+        fill(cohort, -1.0)
+        number = torch.ones(1)
+        for _ in range(50):
+            dist.all_reduce(number)
+            number /= dist.get_world_size()
+        sums.append(float(number))
+    saver.wait()
+    dist.barrier()
+    assert checkpoint.steps_on_disk(config.folder) == [1, 2, 3, 4, 5]
+    saver.close()
+    assert said == []
+    return sums
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_what_is_written_is_the_state_of_the_moment_of_the_save(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    assert run_world(ranks, save_and_change, a_run(tiny, tmp_path), timeout=60) == [[1.0] * 5] * ranks
+    for step in range(1, 6):
+        assert learnt(tmp_path, step) == {float(step)}
+
+
+def save_while_one_is_written(config: RunConfig, hold: Path) -> tuple[bool, bool]:
+    """Whether the first save returned before its files were written, and the second only after."""
+    release = threading.Event()
+
+    def held(path: Path) -> None:
+        release.wait(30)
+        sync(path)
+
+    checkpoint.sync = held
+    cohort = a_cohort(config)
+    saver = Saver(config.folder, cohort, print)
+    saver.save(step=1, best=None, in_a_row=0, keep=9)
+    before = checkpoint.steps_on_disk(config.folder)
+    threading.Timer(0.3, release.set).start()
+    saver.save(step=2, best=None, in_a_row=0, keep=9)
+    after = checkpoint.steps_on_disk(config.folder)
+    saver.wait()
+    saver.close()
+    return before == [], after == [1]
+
+
+def test_a_save_returns_before_the_disk_has_it_and_the_next_one_waits_for_it(tiny: Path, tmp_path: Path) -> None:
+    assert run_world(1, save_while_one_is_written, a_run(tiny, tmp_path), tmp_path) == [(True, True)]
+    assert checkpoint.steps_on_disk(tmp_path) == [1, 2]
+
+
+def test_only_the_first_rank_of_each_peer_copies_and_writes(tiny: Path, tmp_path: Path) -> None:
+    assert run_world(4, writes, a_run(tiny, tmp_path)) == [True, False, True, False]
+    assert run_world(2, writes, a_run(tiny, tmp_path, placement={"kind": "colocated"})) == [True, False]
+
+
+def writes(config: RunConfig) -> bool:
+    saver = Saver(config.folder, a_cohort(config), print)
+    saver.save(step=1, best=None, in_a_row=0, keep=1)
+    wrote = saver._pending is not None
+    saver.wait()
+    saver.close()
+    return wrote
+
+
+def test_the_manifest_names_what_was_written(whole: Path) -> None:
+    at = checkpoint.folder_of(whole, 10)
+    for name, entry in checkpoint.verify(at).files.items():
+        data = (at / name).read_bytes()
+        assert (entry.size, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    raw = json.loads((at / "manifest.json").read_text())
+    signature = raw.pop("sha256")
+    assert signature == hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def save_with_a_slow_disk(config: RunConfig) -> None:
+    checkpoint.sync = lambda path: (time.sleep(1), sync(path))
+    train_here(config)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_dies_while_it_writes_ends_the_others_soon_and_leaves_nothing_that_looks_whole(
+    tiny: Path, tmp_path: Path, victim: int
+) -> None:
+    config = a_run(tiny, tmp_path, peers=[{"network": "cifar_resnet8_b", "copies": 3, "options": {"width": 4}}])
+    with running(3, config, save_with_a_slow_disk) as ranks:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("checkpoints/*.tmp/*.pt")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        ranks[victim].kill()
+        for process in ranks:
+            process.join(60)
+        assert all(process.exitcode for process in ranks), [process.exitcode for process in ranks]
+    assert checkpoint.steps_on_disk(tmp_path) == []
+    assert checkpoint.newest(tmp_path) == (None, [])

@@ -169,7 +169,14 @@ def test_a_killed_run_goes_on_on_another_number_of_ranks(
     tiny: Path, tmp_path: Path, undisturbed: Any, method: str, peers: int, before: int, after: int, kind: str
 ) -> None:
     short = {"train": {"epochs": 2, "ema_decay": 0.9}}
-    kill_after_step(before, a_run(tiny, tmp_path, method, peers, **short), chance.randrange(4, 7))
+    when, killed = chance.randrange(4, 7), a_run(tiny, tmp_path, method, peers, **short)
+    kill_run(
+        before,
+        killed,
+        lambda: under_way(tmp_path, when),
+        victim=chance.randrange(before),
+        mercy=chance.choice([0.0, 0.05, 0.3]),
+    )
     assert checkpoint.steps_on_disk(tmp_path)
     run_ranks(after, train_here, a_run(tiny, tmp_path, method, peers, placement={"kind": kind}, **short))
 
@@ -203,6 +210,11 @@ def test_a_complete_run_goes_on_with_more_epochs(tiny: Path, tmp_path: Path) -> 
     assert_goes_on_as_if_nothing_happened(tmp_path / "one", tmp_path / "two")
 
 
+def under_way(folder: Path, step: int) -> bool:
+    """Whether a run has come to a step and has a checkpoint to go on from, which is written beside the steps."""
+    return last_step(folder) >= step and bool(checkpoint.steps_on_disk(folder))
+
+
 def workers_of(launcher: int) -> list[int]:
     """The processes that torchrun started, in the order in which it did."""
     text = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
@@ -225,8 +237,8 @@ def test_torchrun_restarts_a_worker_that_was_killed_and_the_run_goes_on(
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         try:
-            when = chance.randrange(4, 10)  # a line of step 4 comes after the checkpoint of step 3
-            while torchrun.poll() is None and last_step(config.folder) < when:
+            when = chance.randrange(4, 10)
+            while torchrun.poll() is None and not under_way(config.folder, when):
                 time.sleep(0.005)
             workers = workers_of(torchrun.pid)
             assert len(workers) == 2
