@@ -17,7 +17,7 @@ import re
 import shutil
 import uuid
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Manifest:
     """Updates skipped in a row when it was written."""
     scaler: dict[str, Any]
     files: dict[str, dict[str, Any]]
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    """Losses of the last steps, of each peer, see `engine.health`."""
+    rollbacks: int = 0
+    """How often the run had gone back when it was written, see `engine.rollback`."""
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -73,7 +77,17 @@ def steps_on_disk(run: Path) -> list[int]:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save(run: Path, cohort: Cohort, *, step: int, best: Best | None, in_a_row: int, keep: int) -> bool:
+def save(
+    run: Path,
+    cohort: Cohort,
+    *,
+    step: int,
+    best: Best | None,
+    in_a_row: int,
+    keep: int,
+    recent: dict[str, list[float]],
+    rollbacks: int,
+) -> bool:
     """Writes the checkpoint of a step, from all ranks, and removes those that need not be kept.
 
     Returns:
@@ -112,6 +126,8 @@ def save(run: Path, cohort: Cohort, *, step: int, best: Best | None, in_a_row: i
             in_a_row=in_a_row,
             scaler=cohort.scaler.state_dict(),
             files={name: entry for _, written in reports for name, entry in written.items()},
+            recent=recent,
+            rollbacks=rollbacks,
         )
         outcome = [_attempt(lambda: _complete(aside, target, manifest))]
     dist.broadcast_object_list(outcome, src=0)
@@ -147,7 +163,7 @@ def _write(path: Path, state: dict[str, Any], files: dict[str, dict[str, Any]]) 
 def _complete(aside: Path, target: Path, manifest: Manifest) -> None:
     write_json(aside / "manifest.json", {"version": VERSION, **asdict(manifest)})
     if target.exists():
-        _remove(target)
+        remove(target)
     aside.rename(target)
     sync(target.parent)
 
@@ -155,13 +171,14 @@ def _complete(aside: Path, target: Path, manifest: Manifest) -> None:
 def _prune(run: Path, keep: int, best: Best | None) -> None:
     for step in steps_on_disk(run)[:-keep]:
         if best is None or step != best.step:
-            _remove(folder_of(run, step))
+            remove(folder_of(run, step))
     for pattern in ("step_*.removed", "step_*.tmp"):  # What kills left behind; nothing is being written now.
         for left_over in (run / "checkpoints").glob(pattern):
             shutil.rmtree(left_over, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
+    """Takes a checkpoint away, at once or not at all."""
     # Renamed first: a folder that is half removed would look like a damaged checkpoint.
     removed = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.removed")
     folder.rename(removed)

@@ -27,6 +27,7 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "evaluation": None,
     "checkpoint": None,
     "log": None,
+    "health": None,
     "report": None,
     "data": {"root", "threads", "decoder"},
     "precision": {"compile", "channels_last", "tf32"},
