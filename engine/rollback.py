@@ -40,7 +40,10 @@ def read(run: Path) -> list[Rollback]:
     """
     path = run / "rollbacks.json"
     try:
-        return [Rollback(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, list):
+            raise TypeError(f"found {type(entries).__name__}")
+        return [Rollback(**entry) for entry in entries]
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:

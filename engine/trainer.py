@@ -120,7 +120,7 @@ class _Run:
         self.meter = Meter(placement, device)
         self.losses = LossWatch(config.health, {})
         self.rollbacks: list[Rollback] = []
-        self._told: dict[str, Collapse] = {}
+        self._told: set[tuple[str, Collapse]] = set()
         self.step = 0
         self.best: Best | None = None
         self.tracker: Tracker | None = None
@@ -308,12 +308,11 @@ class _Run:
     def _tell(self, found: dict[str, Collapse], looked_for: Sequence[Collapse]) -> None:
         """Says which peers have collapsed, each once until it has recovered."""
         for name, collapse in found.items():
-            if self._told.get(name) != collapse and self.tracker:
+            if (name, collapse) not in self._told and self.tracker:
                 self.tracker.alert(
                     f"{name} collapsed", f"step {self.step}: {name} has collapsed, {collapse}: {EXPLAINED[collapse]}"
                 )
-        kept = {name: told for name, told in self._told.items() if told not in looked_for}
-        self._told = kept | found
+        self._told = {told for told in self._told if told[1] not in looked_for} | set(found.items())
 
     def _evaluate(self) -> float:
         """Scores the cohort, and its averages where there are some. Returns the mean top-1 of the peers."""
