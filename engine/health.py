@@ -64,7 +64,11 @@ class LossWatch:
                     continue
                 if self._config.spike_factor is not None and len(recent) >= self._config.spike_window / 2:
                     usual = median(recent)
-                    if loss > self._config.spike_factor * max(usual, self._config.spike_floor):
+                    scatter = median(abs(x - usual) for x in recent)
+                    if loss > max(
+                        self._config.spike_factor * max(usual, self._config.spike_floor),
+                        usual + self._config.spike_deviations * scatter,
+                    ):
                         high.append((step, loss, usual))
                 recent.append(loss)
             if high:
@@ -105,8 +109,8 @@ def trouble(
     first = update(spike.step)
     return Trouble(
         first,
-        f"step {first + 1}: the loss of {spike.name} is {spike.loss:.4g}, {spike.loss / spike.usual:.3g} times the "
-        f"median of the steps before; {spike.count} such steps up to step {step}; the limit is health.spike_factor = "
+        f"step {first + 1}: the loss of {spike.name} is {spike.loss:.4g}, the median of the steps before was "
+        f"{spike.usual:.4g}; {spike.count} such steps up to step {step}; see health.spike_factor = "
         f"{config.health.spike_factor:g}",
         ends_run=False,
     )

@@ -19,7 +19,7 @@ from tests.worlds import run_ranks
 
 # -- spikes -----------------------------------------------------------------------------------------------------------
 
-WATCHED = HealthConfig(spike_factor=4.0, spike_floor=0.5, spike_window=4)
+WATCHED = HealthConfig(spike_factor=4.0, spike_deviations=0.0, spike_floor=0.5, spike_window=4)
 
 
 def test_a_spike_is_measured_against_the_median_of_the_steps_before() -> None:
@@ -31,9 +31,18 @@ def test_a_spike_is_measured_against_the_median_of_the_steps_before() -> None:
     assert watch.spikes({"a": [6.0]}) == []
 
 
+def test_where_losses_scatter_a_spike_has_to_stand_out() -> None:
+    """Around the median of 3 the deviations are 2, 2, 0, 0, 1, 1, their median is 1: a spike is above 3 + 10."""
+    scattered = {"a": [1.0, 5.0, 3.0, 3.0, 2.0, 4.0]}
+    config = HealthConfig(spike_factor=2.0, spike_deviations=10.0, spike_window=6)
+    assert LossWatch(config, scattered).spikes({"a": [12.9]}) == []
+    assert LossWatch(config, scattered).spikes({"a": [13.1]}) == [Spike("a", 0, 13.1, 3.0, 1)]
+    assert LossWatch(config, {"a": [3.0] * 6}).spikes({"a": [6.1]}) == [Spike("a", 0, 6.1, 3.0, 1)]
+
+
 def test_a_loss_that_stays_high_becomes_the_usual() -> None:
     watch = LossWatch(WATCHED, {"a": [1.0] * 4})
-    assert watch.spikes({"a": [9.0] * 6}) == [Spike("a", 0, 9.0, 1.0, 2)]  # (1 + 1 + 9 + 9): 5, no longer 1
+    assert watch.spikes({"a": [9.0] * 6}) == [Spike("a", 0, 9.0, 1.0, 2)]  # then 1, 1, 9, 9 have the median 5
 
 
 def test_small_losses_differ_by_many_times_without_being_a_spike() -> None:
