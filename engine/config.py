@@ -146,14 +146,14 @@ class HealthConfig(_Section):
     """Numbers that go wrong, and what is done about it."""
 
     spike_factor: float | None = Field(
-        2.0,
+        2.5,
         gt=1,
-        description="a step whose loss is more than this many times the median of those before is a spike; null: none is",
+        description="a step whose loss is this many times the median of those before may be a spike; null: none is",
     )
     spike_deviations: float = Field(
-        10.0,
+        15.0,
         ge=0,
-        description="and that is as many median absolute deviations above it: losses of small batches scatter",
+        description="it is one if it is as many median absolute deviations above: losses of small batches scatter",
     )
     spike_floor: float = Field(
         0.5, gt=0, description="smallest median reckoned with: batches of a nearly learned set differ by many times"
