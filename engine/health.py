@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -62,18 +62,19 @@ class LossWatch:
             for step, loss in enumerate(steps):
                 if math.isnan(loss):
                     continue
-                if self._config.spike_factor is not None and len(recent) >= self._config.spike_window / 2:
-                    usual = median(recent)
-                    scatter = median(abs(x - usual) for x in recent)
-                    if loss > max(
-                        self._config.spike_factor * max(usual, self._config.spike_floor),
-                        usual + self._config.spike_deviations * scatter,
-                    ):
-                        high.append((step, loss, usual))
+                usual = median(recent) if recent else math.inf
+                if len(recent) >= self._config.spike_window / 2 and self._stands_out(loss, usual, recent):
+                    high.append((step, loss, usual))
                 recent.append(loss)
             if high:
                 found.append(Spike(name, *high[0], count=len(high)))
         return found
+
+    def _stands_out(self, loss: float, usual: float, recent: Collection[float]) -> bool:
+        config = self._config
+        if config.spike_factor is None or loss <= config.spike_factor * max(usual, config.spike_floor):
+            return False
+        return loss > usual + config.spike_deviations * median(abs(x - usual) for x in recent)
 
 
 @dataclass(frozen=True)
