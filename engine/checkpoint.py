@@ -72,17 +72,27 @@ class FileEntry:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Manifest:
-    """What a checkpoint says of itself."""
+class Standing:
+    """Where a run stands, beside its weights."""
 
     step: _Count
+    best: Best | None
+    in_a_row: _Count
+    """Updates skipped in a row up to now."""
+    recent: dict[str, list[float]]
+    """Losses of the last steps, of each peer, see `engine.health`."""
+    rollbacks: _Count
+    """How often the run has gone back, see `engine.rollback`."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Manifest(Standing):
+    """What a checkpoint says of itself."""
+
     method: str
     peers: list[Annotated[str, Field(pattern="^[A-Za-z0-9_.-]+$")]]
     num_classes: Annotated[int, Field(ge=1, lt=2**31)]
     channels: Annotated[int, Field(ge=1, lt=2**31)]
-    best: Best | None
-    in_a_row: _Count
-    """Updates skipped in a row when it was written."""
     scaler: dict[str, float | int]
     files: dict[str, FileEntry]
 
@@ -123,9 +133,10 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, float, Future[None]] | None = None
 
-    def save(self, *, step: int, best: Best | None, in_a_row: int, keep: int) -> None:
-        """Copies the state of this moment and has it written as the checkpoint of a step; then the oldest are removed,
-        down to `keep` and the best. All ranks call this. Waits first while the one before is still being written.
+    def save(self, standing: Standing, keep: int) -> None:
+        """Copies the state of this moment and has it written as the checkpoint of its step; then the oldest are
+        removed, down to `keep` and the best. All ranks call this. Waits first while the one before is still being
+        written.
 
         Where it cannot be written, what there is of it is removed, the ones before stay, and rank 0 says why.
 
@@ -144,18 +155,16 @@ class Saver:
                 "optimizer": shared and shared.state_dict(),
             }
             manifest = Manifest(
-                step=step,
+                **vars(standing),
                 method=cohort.config.method.name,
                 peers=[name for name, _ in cohort.config.cohort],
                 num_classes=cohort.num_classes,
                 channels=cohort.channels,
-                best=best,
-                in_a_row=in_a_row,
                 scaler=cohort.scaler.state_dict(),
                 files={},
             )
-        writing = self._thread.submit(self._write, folder_of(self._run, step), _copied(states), manifest, keep)
-        self._pending = (step, time.monotonic(), writing)
+        writing = self._thread.submit(self._write, folder_of(self._run, standing.step), _copied(states), manifest, keep)
+        self._pending = (standing.step, time.monotonic(), writing)
 
     def wait(self) -> None:
         """Returns when what was saved is on disk, or has been told not to be; at once on a rank that writes nothing.

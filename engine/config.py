@@ -142,6 +142,33 @@ class CheckpointConfig(_Section):
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
 
 
+class HealthConfig(_Section):
+    """Numbers that go wrong, and what is done about it."""
+
+    spike_factor: float | None = Field(
+        2.5,
+        gt=1,
+        description="a step whose loss is this many times the median of those before may be a spike; null: none is",
+    )
+    spike_deviations: float = Field(
+        15.0,
+        ge=0,
+        description="it is one if it is as many median absolute deviations above: losses of small batches scatter",
+    )
+    spike_floor: float = Field(
+        0.5, gt=0, description="smallest median reckoned with: batches of a nearly learned set differ by many times"
+    )
+    spike_window: int = Field(
+        100, ge=2, description="steps before, of which the median is; nothing is a spike until half of them are there"
+    )
+    rollback: bool = Field(
+        False,
+        description="at a spike, or instead of ending at train.max_skipped: go back to the last checkpoint from before "
+        "and leave out the steps that went wrong",
+    )
+    max_rollbacks: int = Field(3, ge=1, description="rollbacks of a run; the next one ends it")
+
+
 class ReportConfig(_Section):
     """Which network stands for the run."""
 
@@ -185,6 +212,7 @@ class RunConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    health: HealthConfig = HealthConfig()
     report: ReportConfig = ReportConfig()
 
     @property
@@ -211,6 +239,11 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
+        if self.health.rollback and self.checkpoint.keep < 2:
+            raise ValueError(
+                "checkpoint.keep = 1: the only checkpoint may be from after a step that went wrong; with "
+                "health.rollback = true expected at least 2"
+            )
         names = [name for name, _ in self.cohort]
         taken = sorted({"ensemble", "cohort"} & set(names))
         if taken:

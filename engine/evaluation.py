@@ -27,6 +27,8 @@ class Score:
     """Percent of images whose class is among the five most probable."""
     loss: float
     """Mean cross-entropy, in nats."""
+    spread: float
+    """How much the probabilities p depend on the image: E|p - E p|^2 / E|p|^2; 0 where all images get the same."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Scores:
     """Of the mean of the peers' probabilities."""
     disagreement: float
     """Percent of images on which two peers name different classes, the mean over pairs of peers; 0 for one peer."""
+    apart: list[float]
+    """Of each peer, how far its logits z are from those z' of the peer nearest to it: E|z - z'|^2 over the mean of
+    E|z|^2 and E|z'|^2, each less its mean over classes; 0 where two peers compute the same. Empty for one peer."""
 
 
 def evaluate(
@@ -58,7 +63,11 @@ def evaluate(
     num_peers, pairs = placement.num_peers, list(itertools.combinations(range(placement.num_peers), 2))
     # Row k: peer k; last row: the ensemble. Columns: right, right among five.
     right = torch.zeros(num_peers + 1, 2, dtype=torch.int64, device=device)
-    loss = torch.zeros(num_peers + 1, dtype=torch.float64, device=device)
+    # Sums over images: loss, |p|^2 and p of each row of `right`; |z - z'|^2 of all pairs and |z|^2 of all peers.
+    classes = pipeline.num_classes
+    sizes = [num_peers + 1, num_peers + 1, (num_peers + 1) * classes, len(pairs), num_peers]
+    sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    loss, squares, totals, gaps, lengths = sums.split(sizes)
     # Images, sum of their ids, sum of the squares of their ids; disagreements of all pairs.
     seen = torch.zeros(4, dtype=torch.int64, device=device)
     training = {k: network.training for k, network in networks.items()}
@@ -80,22 +89,36 @@ def evaluate(
                     torch.stack([(named[i] != named[j]).sum() for i, j in pairs]).sum() if pairs else seen[3] * 0
                 )
                 ids = rows.ids
+                given = torch.cat([probabilities, probabilities.mean(0, keepdim=True)]).double()
+                squares += given.square().sum((1, 2))
+                totals += given.sum(1).flatten()
+                centred = logits.double() - logits.double().mean(-1, keepdim=True)
+                lengths += centred.square().sum((1, 2))
+                if pairs:
+                    gaps += torch.stack([(centred[i] - centred[j]).square().sum() for i, j in pairs])
                 seen += torch.stack([torch.tensor(len(ids), device=device), ids.sum(), (ids * ids).sum(), different])
     for k, network in networks.items():
         network.train(training[k])
 
     dist.all_reduce(right)
-    dist.all_reduce(loss)
+    dist.all_reduce(sums)
     dist.all_reduce(seen)
     n = pipeline.eval_size
-    counted, *sums = seen[:3].tolist()
-    if (counted, *sums) != (n, n * (n - 1) // 2, (n - 1) * n * (2 * n - 1) // 6):
+    counted, *checks = seen[:3].tolist()
+    if (counted, *checks) != (n, n * (n - 1) // 2, (n - 1) * n * (2 * n - 1) // 6):
         raise RuntimeError(
             f"evaluation counted {counted} images, or some of them twice; the validation split has {n}, each once"
         )
     percent = (right.double() * 100 / n).tolist()
-    scores = [Score(top1, top5, value) for (top1, top5), value in zip(percent, (loss / n).tolist(), strict=True)]
-    return Scores(scores[:-1], scores[-1], 100.0 * seen[3].item() / (n * max(len(pairs), 1)))
+    spread = 1 - totals.view(-1, classes).square().sum(1) / (n * squares)
+    scores = [
+        Score(*right_of_all, *others)
+        for right_of_all, *others in zip(percent, (loss / n).tolist(), spread.tolist(), strict=True)
+    ]
+    firsts, seconds = (lengths[[pair[side] for pair in pairs]] for side in (0, 1))
+    relative = (2 * gaps / (firsts + seconds)).tolist()
+    apart = [min(x for pair, x in zip(pairs, relative, strict=True) if k in pair) for k in range(num_peers) if pairs]
+    return Scores(scores[:-1], scores[-1], 100.0 * seen[3].item() / (n * max(len(pairs), 1)), apart)
 
 
 def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
@@ -121,6 +144,7 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
         named = {**dict(zip(names, scores.peers, strict=True)), "ensemble": scores.ensemble}
         for name, score in named.items():
             values |= {f"{prefix}/{name}/{key}": value for key, value in asdict(score).items()}
+        values |= {f"{prefix}/{name}/apart": apart for name, apart in zip(names, scores.apart, strict=False)}
         values[f"{prefix}/disagreement"] = scores.disagreement
     return values
 

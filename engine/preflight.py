@@ -8,7 +8,7 @@ from typing import Any
 import data_pipelines
 import models
 from data_pipelines import DataConfig
-from engine import checkpoint
+from engine import checkpoint, rollback
 from engine.cohort import looks_at_stages
 from engine.collectives import Launch, choose_device
 from engine.config import ConfigError, RunConfig
@@ -27,6 +27,7 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "evaluation": None,
     "checkpoint": None,
     "log": None,
+    "health": None,
     "report": None,
     "data": {"root", "threads", "decoder"},
     "precision": {"compile", "channels_last", "tf32"},
@@ -43,6 +44,7 @@ def check(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Placemen
 
     Raises:
         ConfigError: naming the key, the value, what was expected and the nearest valid choice.
+        CheckpointError: the run has gone back, and what it left out cannot be read.
     """
     device = choose_device(config.device, launch)
     check_optimizer(config.optimizer)
@@ -58,6 +60,7 @@ def check(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Placemen
     _check_folder(config)
     if not fresh:
         _check_same_run(config)
+        rollback.read(config.folder)
     return placement
 
 

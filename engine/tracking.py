@@ -118,6 +118,15 @@ class Tracker:
         """Prints a line without breaking the bar."""
         self._bar.write(text, file=sys.stderr)
 
+    def alert(self, title: str, text: str) -> None:
+        """Prints a line about something that a person should look at, and has wandb tell of it."""
+        self.say(text)
+        if self._wandb is not None:
+            try:
+                self._wandb.alert(title=title, text=text)
+            except Exception as error:  # as in write
+                self.say(f"wandb: {error}")
+
     def close(self) -> None:
         """Ends the bar, the file and the wandb run."""
         self._bar.close()

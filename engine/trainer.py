@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipelines import DataError, Pipeline, open_pipeline
-from engine import checkpoint
-from engine.checkpoint import Best, Manifest, Saver
+from engine import checkpoint, rollback
+from engine.checkpoint import Best, Manifest, Saver, Standing
 from engine.cohort import Cohort
 from engine.collectives import Launch, choose_device, start
 from engine.config import RunConfig
 from engine.evaluation import evaluate_cohort, survey
 from engine.files import write_json
 from engine.guards import check_same_rows, check_same_weights
-from engine.meter import Meter
+from engine.health import CODES, EXPLAINED, Collapse, LossWatch, Spike, collapsed, trouble, without_gradient
+from engine.meter import Meter, Reading
 from engine.placement import Placement
 from engine.preflight import check
+from engine.rollback import GoBack, Rollback
 from engine.step import settle, train_step
 from engine.timing import Clock
 from engine.tracking import Tracker, record_start
@@ -31,7 +36,7 @@ from losses import Progress
 
 
 class TrainingDivergedError(RuntimeError):
-    """Too many updates in a row had to be skipped."""
+    """Too many updates in a row had to be skipped, or numbers went wrong once more after the last rollback."""
 
 
 def train(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Path:
@@ -60,23 +65,32 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Path:
             dist.barrier()
         pipeline = open_pipeline(config.data, config.seed, device)
         try:
-            run = _Run(config, placement, device, pipeline)
-            try:
-                run.to_the_end()
-            except DataError as error:
-                if launch.rank:  # one rank alone meets a broken file; the others only see that it is gone
-                    print(f"error: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
-                raise
-            finally:
-                run.saver.close()
-                if run.tracker:
-                    run.tracker.close()
+            while not _train_until_rollback(config, placement, device, pipeline):
+                gc.collect()  # The networks of before have cycles, and those that are built next need the memory.
         finally:
             pipeline.close()
         dist.barrier()
     finally:
         dist.destroy_process_group()
     return config.folder
+
+
+def _train_until_rollback(config: RunConfig, placement: Placement, device: torch.device, pipeline: Pipeline) -> bool:
+    """Returns whether the run is at its end; if not it has gone back, and is to be built anew as after a kill."""
+    run = _Run(config, placement, device, pipeline)
+    try:
+        run.to_the_end()
+    except GoBack:
+        return False
+    except DataError as error:
+        if placement.rank:  # one rank alone meets a broken file; the others only see that it is gone
+            print(f"error: rank {placement.rank}: {error}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        run.saver.close()
+        if run.tracker:
+            run.tracker.close()
+    return True
 
 
 def _move_aside(config: RunConfig) -> None:
@@ -109,6 +123,9 @@ class _Run:
         self.steps = config.train.epochs * self.steps_per_epoch
         self.cohort = Cohort.on(pipeline, config, placement, device)
         self.meter = Meter(placement, device)
+        self.losses = LossWatch(config.health, {})
+        self.rollbacks: list[Rollback] = []
+        self._told: set[tuple[str, Collapse]] = set()
         self.step = 0
         self.best: Best | None = None
         self.tracker: Tracker | None = None
@@ -122,13 +139,15 @@ class _Run:
 
     def _resume(self) -> None:
         first = self.placement.rank == 0
-        found: list[Any] = list(checkpoint.newest(self.config.folder)) if first else [None, None]
+        found: list[Any] = self._look_around() if first else [None, None, None]
         dist.broadcast_object_list(found, src=0)
         manifest: Manifest | None = found[0]
+        self.rollbacks = found[2]
         if manifest is not None:
             checkpoint.load(self.config.folder, manifest, self.cohort)
             self.step, self.best = manifest.step, manifest.best
-            self.meter.in_a_row.fill_(manifest.in_a_row)
+            self.meter.in_a_row = manifest.in_a_row
+            self.losses = LossWatch(self.config.health, manifest.recent)
         if first:
             record_start(self.config, self.placement.world)
             write_json(self.config.folder / "classes.json", self.pipeline.class_names)
@@ -140,6 +159,17 @@ class _Run:
                 state = "complete" if self.step >= self.steps else "going on"
                 self.tracker.say(f"{state} at step {self.step} of {self.steps}, from its checkpoint")
 
+    def _look_around(self) -> list[Any]:
+        """The newest checkpoint that counts, what is wrong with newer ones, and the rollbacks."""
+        folder = self.config.folder
+        rollbacks = rollback.read(folder)
+        rollback.supersede(folder, rollbacks)
+        manifest, damaged = checkpoint.newest(folder)
+        if manifest and manifest.best and manifest.best.step not in checkpoint.steps_on_disk(folder):
+            # It had made room for a better one, from which the run has gone back.
+            manifest = replace(manifest, best=None)
+        return [manifest, damaged, rollbacks]
+
     def to_the_end(self) -> None:
         while self.step < self.steps:
             epoch, done = divmod(self.step, self.steps_per_epoch)
@@ -150,10 +180,11 @@ class _Run:
             for batch in self.pipeline.train(epoch, done, rows, self.cohort.views):
                 self.clock.mark("data")
                 progress = Progress(self.step, self.steps_per_epoch, self.config.train.epochs)
-                terms, skipped = train_step(
-                    self.cohort, batch.split(self.config.train.accumulation), progress, self.clock
-                )
-                self.meter.add(terms, skipped)
+                if not rollback.left_out(self.rollbacks, self.step):
+                    terms, skipped = train_step(
+                        self.cohort, batch.split(self.config.train.accumulation), progress, self.clock
+                    )
+                    self.meter.add(terms, skipped)
                 self.step += 1
                 if self.tracker:
                     self.tracker.progress(self.step)
@@ -178,61 +209,112 @@ class _Run:
             check_same_weights(self.cohort, step)
         if save or score:
             self.cohort.average_buffers()
+        # Where a row of skipped updates may end in a rollback, no checkpoint from within pushes out those from before.
+        keeps = ends_run or not (config.health.rollback and self.meter.in_a_row)
         if score:
             top1 = self._evaluate()
-            if self.best is None or top1 > self.best.top1:
+            if keeps and (self.best is None or top1 > self.best.top1):
                 self.best, save = Best(step, top1), True
-        if save:
-            self.saver.save(
-                step=step,
-                best=self.best,
-                in_a_row=int(self.meter.in_a_row.item()),
-                keep=config.checkpoint.keep,
-            )
+        if save and keeps:
+            standing = Standing(step, self.best, self.meter.in_a_row, self.losses.recent, len(self.rollbacks))
+            self.saver.save(standing, config.checkpoint.keep)
         self.clock.restart()
         self._last_line = (time.perf_counter(), step)
 
     def _write_line(self) -> None:
-        means, skipped, longest = self.meter.read()
+        reading = self.meter.read()
         parts = self.clock.read()
-        seconds, steps = time.perf_counter() - self._last_line[0], self.step - self._last_line[1]
+        begin = self._last_line[1]
+        seconds, steps = time.perf_counter() - self._last_line[0], self.step - begin
         self._last_line = (time.perf_counter(), self.step)
+        names = [name for name, _ in self.config.cohort]
+        losses = {"cohort" if k is None else names[k]: values for k, values in reading.losses().items()}
+        spikes = self.losses.spikes(losses)
+        dead = without_gradient(reading, names)
         if self.tracker:
-            names = [name for name, _ in self.config.cohort]
+            means = reading.means
             terms = {f"train/{'cohort' if k is None else names[k]}/{term}": value for (k, term), value in means.items()}
             images_per_second = steps * self.config.data.global_batch / seconds
+            left_out = sum(rollback.left_out(self.rollbacks, update) for update in range(begin, self.step))
             self.tracker.write(
                 self.step,
                 {
                     "epoch": self.step / self.steps_per_epoch,
                     "lr": self.cohort.optimizers()[0].param_groups[0]["lr"],
                     **terms,
-                    "train/skipped": skipped,
+                    "train/skipped": reading.skipped,
+                    **({"health/left_out": left_out} if left_out else {}),
+                    **{f"health/{spike.name}/spikes": spike.count for spike in spikes},
+                    **{f"health/{name}/collapsed": CODES[collapse] for name, collapse in dead.items()},
                     "speed/images_per_second": images_per_second,
                     **{f"speed/{part}_ms": 1000 * total / steps for part, total in parts.items()},
                 },
             )
             loss = sum(value for (_, term), value in means.items() if term != "grad_norm") / len(names)
             self.tracker.progress(self.step, loss=f"{loss:.3f}", images=f"{images_per_second:.0f}/s")
-            if skipped:
-                self.tracker.say(f"step {self.step}: {skipped} updates skipped since the last line: non-finite numbers")
-        if longest >= self.config.train.max_skipped:
+            if reading.skipped:
+                self.tracker.say(
+                    f"step {self.step}: {reading.skipped} updates skipped since the last line: non-finite numbers"
+                )
+        self._tell(dead, ("no gradient",))
+        self._answer(reading, spikes, begin)
+
+    def _answer(self, reading: Reading, spikes: Sequence[Spike], begin: int) -> None:
+        """To what went wrong in the steps since step `begin`, the last line: says it, goes back or ends the run."""
+        config = self.config
+
+        def update(place: int) -> int:
+            """The update of the reading's step `place`, which is negative where it is from before the reading."""
+            made = [i for i in range(begin, self.step) if not rollback.left_out(self.rollbacks, i)]
+            return made[place] if place >= 0 else rollback.before(self.rollbacks, begin, -place)
+
+        found = trouble(config, reading, spikes, update, self.step)
+        if found is None:
+            return
+        if config.health.rollback and len(self.rollbacks) < config.health.max_rollbacks:
+            # The update before may be the one that did it: its own loss was taken before it.
+            start = min(begin, rollback.before(self.rollbacks, found.first))
+            if self.tracker:
+                rollback.write(config.folder, [*self.rollbacks, Rollback(start, self.step, found.text)])
+                self.tracker.alert(
+                    "going back",
+                    f"{found.text}. Going back, leaving out steps {start + 1} to {self.step}; rollback "
+                    f"{len(self.rollbacks) + 1} of at most health.max_rollbacks = {config.health.max_rollbacks}",
+                )
+            raise GoBack
+        remedies = "a smaller optimizer.lr, train.clip_norm, schedule.warmup_epochs or precision.amp = bf16"
+        if config.health.rollback:
             raise TrainingDivergedError(
-                f"{longest} updates in a row met a non-finite loss or gradient, up to step {self.step}; the limit is "
-                f"train.max_skipped = {self.config.train.max_skipped}. The last checkpoint is from before; try a "
-                "smaller optimizer.lr, train.clip_norm, schedule.warmup_epochs or precision.amp = bf16"
+                f"{found.text}. The run has gone back {len(self.rollbacks)} times; the limit is health.max_rollbacks = "
+                f"{config.health.max_rollbacks}. Try {remedies}"
             )
+        if found.ends_run:
+            raise TrainingDivergedError(f"{found.text}. The last checkpoint is from before; try {remedies}")
+        if self.tracker:
+            self.tracker.alert("loss spike", f"{found.text}. Should it stay: try {remedies}, or health.rollback = true")
+
+    def _tell(self, found: dict[str, Collapse], looked_for: Sequence[Collapse]) -> None:
+        """Says which peers have collapsed, each once until it has recovered."""
+        for name, collapse in found.items():
+            if (name, collapse) not in self._told and self.tracker:
+                self.tracker.alert(
+                    f"{name} collapsed", f"step {self.step}: {name} has collapsed, {collapse}: {EXPLAINED[collapse]}"
+                )
+        self._told = {told for told in self._told if told[1] not in looked_for} | set(found.items())
 
     def _evaluate(self) -> float:
         """Scores the cohort, and its averages where there are some. Returns the mean top-1 of the peers."""
         values = evaluate_cohort(self.cohort, self.pipeline)
+        found = collapsed(values, [name for name, _ in self.config.cohort])
         if self.tracker:
-            self.tracker.write(self.step, {"epoch": self.step / self.steps_per_epoch, **values})
+            health = {f"health/{name}/collapsed": CODES[collapse] for name, collapse in found.items()}
+            self.tracker.write(self.step, {"epoch": self.step / self.steps_per_epoch, **values, **health})
             shown = ", ".join(
                 f"{key.split('/')[1]} {value:.2f}"
                 for key, value in values.items()
                 if key.endswith("/top1") and key[:3] == "val"
             )
             self.tracker.say(f"epoch {self.step // self.steps_per_epoch}: top-1 % {shown}")
+        self._tell(found, ("all images alike", "another's twin"))
         peers = [values[f"val/{name}/top1"] for name, _ in self.config.cohort]
         return sum(peers) / len(peers)

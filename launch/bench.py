@@ -30,7 +30,7 @@ from torch import Tensor
 
 import models
 from data_pipelines import Batch
-from engine.checkpoint import Saver
+from engine.checkpoint import Saver, Standing
 from engine.cohort import Cohort
 from engine.collectives import Launch, choose_device, start
 from engine.config import RunConfig
@@ -202,7 +202,7 @@ def saving(options: argparse.Namespace, device: torch.device, launch: Launch) ->
 
 def save(saver: Saver, step: int, *, wait: bool) -> None:
     """One checkpoint, written beside training or waited for."""
-    saver.save(step=step, best=None, in_a_row=0, keep=1)
+    saver.save(Standing(step, None, 0, {}, 0), keep=1)
     if wait:
         saver.wait()
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from engine import checkpoint
-from engine.checkpoint import Best, Saver
+from engine.checkpoint import Best, Saver, Standing
 from engine.cohort import Cohort
 from engine.config import RunConfig
 from engine.files import sync
@@ -188,10 +188,10 @@ def test_a_disk_that_has_room_again_gets_the_next_checkpoint(
     """Room comes and goes with the limit on file sizes, which the run itself meets when its files are synced."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(saver: Saver, *, step: int, **kwargs: Any) -> None:
+    def save(saver: Saver, standing: Standing, keep: int) -> None:
         saver.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step in (5, 6) else limits[0], limits[1]))
-        whole_save(saver, step=step, **kwargs)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if standing.step in (5, 6) else limits[0], limits[1]))
+        whole_save(saver, standing, keep)
 
     whole_save = Saver.save
     monkeypatch.setattr(Saver, "save", save)
@@ -256,7 +256,7 @@ def save_and_change(config: RunConfig) -> list[float]:
     sums = []
     for step in range(1, 6):
         fill(cohort, float(step))
-        saver.save(step=step, best=None, in_a_row=0, keep=9)
+        saver.save(Standing(step, None, 0, {}, 0), keep=9)
         fill(cohort, -1.0)
         number = torch.ones(1)
         for _ in range(50):
@@ -289,10 +289,10 @@ def save_while_one_is_written(config: RunConfig, hold: Path) -> tuple[bool, bool
     checkpoint.sync = held
     cohort = a_cohort(config)
     saver = Saver(config.folder, cohort, print)
-    saver.save(step=1, best=None, in_a_row=0, keep=9)
+    saver.save(Standing(1, None, 0, {}, 0), keep=9)
     before = checkpoint.steps_on_disk(config.folder)
     threading.Timer(0.3, release.set).start()
-    saver.save(step=2, best=None, in_a_row=0, keep=9)
+    saver.save(Standing(2, None, 0, {}, 0), keep=9)
     after = checkpoint.steps_on_disk(config.folder)
     saver.wait()
     saver.close()
@@ -311,7 +311,7 @@ def test_only_the_first_rank_of_each_peer_copies_and_writes(tiny: Path, tmp_path
 
 def writes(config: RunConfig) -> bool:
     saver = Saver(config.folder, a_cohort(config), print)
-    saver.save(step=1, best=None, in_a_row=0, keep=1)
+    saver.save(Standing(1, None, 0, {}, 0), keep=1)
     wrote = saver._pending is not None
     saver.wait()
     saver.close()

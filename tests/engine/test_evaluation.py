@@ -80,6 +80,7 @@ def by_hand(peers: list[nn.Module], pipeline: Resident) -> Scores:
     """Image by image, in float64."""
     k, n = len(peers), pipeline.eval_size
     right, losses, different = np.zeros((k + 1, 2)), np.zeros(k + 1), 0
+    all_p, all_z = [], []
     for network in peers:
         network.eval()
     for rows in pipeline.evaluate(0, 1, 1):
@@ -87,6 +88,8 @@ def by_hand(peers: list[nn.Module], pipeline: Resident) -> Scores:
         with torch.no_grad():
             logits = [network(rows.images)[0].double().numpy() for network in peers]
         p = [np.exp(z - z.max()) / np.exp(z - z.max()).sum() for z in logits]
+        all_p.append([*p, sum(p) / k])
+        all_z.append([z - z.mean() for z in logits])
         for i, q in enumerate([*p, sum(p) / k]):
             order = np.argsort(-q, kind="stable")
             right[i] += [order[0] == y, y in order[:5]]
@@ -94,14 +97,25 @@ def by_hand(peers: list[nn.Module], pipeline: Resident) -> Scores:
         different += sum(a.argmax() != b.argmax() for a, b in itertools.combinations(p, 2))
     for network in peers:
         network.train()
-    scores = [Score(100 * a / n, 100 * b / n, loss / n) for (a, b), loss in zip(right, losses, strict=True)]
-    return Scores(scores[:-1], scores[-1], 100 * different / (n * max(math.comb(k, 2), 1)))
+    p_of, z_of = (np.array(each).transpose(1, 0, 2) for each in (all_p, all_z))
+    spread = [float(((q - q.mean(0)) ** 2).sum() / (q**2).sum()) for q in p_of]
+    apart = [
+        min(float(((z - other) ** 2).sum() / (((z**2).sum() + (other**2).sum()) / 2)) for other in others)
+        for z, others in ((z_of[i], [z_of[j] for j in range(k) if j != i]) for i in range(k))
+        if others
+    ]
+    scores = [
+        Score(100 * a / n, 100 * b / n, loss / n, s) for (a, b), loss, s in zip(right, losses, spread, strict=True)
+    ]
+    return Scores(scores[:-1], scores[-1], 100 * different / (n * max(math.comb(k, 2), 1)), apart)
 
 
 def assert_same_scores(found: Scores, expected: Scores) -> None:
     for one, other in zip([*found.peers, found.ensemble], [*expected.peers, expected.ensemble], strict=True):
         assert (one.top1, one.top5) == pytest.approx((other.top1, other.top5), rel=1e-12)
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.spread == pytest.approx(other.spread, rel=1e-4)
+    assert found.apart == pytest.approx(expected.apart, rel=1e-4)
     assert found.disagreement == pytest.approx(expected.disagreement, rel=1e-12)
 
 

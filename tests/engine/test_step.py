@@ -219,12 +219,12 @@ def metered(config: RunConfig) -> Any:
 def test_skipped_updates_are_counted_and_left_out_of_the_means() -> None:
     ranks = run_world(2, metered, config_of({"name": "independent"}, placement={"kind": "spread"}))
     for _, readings in ranks:
-        assert [(skipped, longest) for _, skipped, longest in readings] == [(2, 2), (1, 2), (0, 1)]
-        for (means, _, _), steps in zip(readings, ([0], [3, 4], [6, 7, 8]), strict=True):
+        assert [(reading.skipped, reading.longest) for reading in readings] == [(2, (1, 2)), (1, (-2, 2)), (0, (-1, 1))]
+        for reading, steps in zip(readings, ([0], [3, 4], [6, 7, 8]), strict=True):
             for k in (0, 1):
                 for name in ("ce", "grad_norm"):
                     expected = sum(ranks[k][0][step][k, name] for step in steps) / len(steps)
-                    assert means[k, name] == pytest.approx(expected, rel=1e-5)
+                    assert reading.means[k, name] == pytest.approx(expected, rel=1e-5)
 
 
 def diverges(config: RunConfig) -> str:

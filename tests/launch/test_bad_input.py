@@ -31,8 +31,8 @@ train: {{epochs: 2}}
 """
 
 SECTIONS = (
-    "checkpoint, data, device, dir, evaluation, log, method, name, optimizer, peers, placement, precision, report, "
-    "schedule, seed, train"
+    "checkpoint, data, device, dir, evaluation, health, log, method, name, optimizer, peers, placement, precision, "
+    "report, schedule, seed, train"
 )
 GET_FASHION = (
     "Get the four *-ubyte.gz files from https://github.com/zalandoresearch/fashion-mnist, "
