@@ -188,6 +188,8 @@ class _Run:
                 best=self.best,
                 in_a_row=int(self.meter.in_a_row.item()),
                 keep=config.checkpoint.keep,
+                # A checkpoint after lines that are not on disk would make their loss final.
+                hindrance=self.tracker.catch_up() if self.tracker else None,
             )
         self.clock.restart()
         self._last_line = (time.perf_counter(), step)
