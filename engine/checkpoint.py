@@ -133,12 +133,15 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, float, Future[None]] | None = None
 
-    def save(self, standing: Standing, keep: int) -> None:
+    def save(self, standing: Standing, keep: int, hindrance: str | None = None) -> None:
         """Copies the state of this moment and has it written as the checkpoint of its step; then the oldest are
         removed, down to `keep` and the best. All ranks call this. Waits first while the one before is still being
         written.
 
         Where it cannot be written, what there is of it is removed, the ones before stay, and rank 0 says why.
+
+        Args:
+            hindrance: on rank 0, why there must be no checkpoint of this step.
 
         Raises:
             RuntimeError: a rank died while the one before was written.
@@ -163,7 +166,8 @@ class Saver:
                 scaler=cohort.scaler.state_dict(),
                 files={},
             )
-        writing = self._thread.submit(self._write, folder_of(self._run, standing.step), _copied(states), manifest, keep)
+        target = folder_of(self._run, standing.step)
+        writing = self._thread.submit(self._write, target, _copied(states), manifest, keep, hindrance)
         self._pending = (standing.step, time.monotonic(), writing)
 
     def wait(self) -> None:
@@ -194,10 +198,13 @@ class Saver:
         """Lets what is being written come to its end, whatever that is."""
         self._thread.shutdown()
 
-    def _write(self, target: Path, states: dict[str, Any], manifest: Manifest | None, keep: int) -> None:
+    def _write(
+        self, target: Path, states: dict[str, Any], manifest: Manifest | None, keep: int, failure: str | None
+    ) -> None:
         aside = target.with_name(target.name + ".tmp")
         files: dict[str, FileEntry] = {}
-        failure = _attempt(partial(_empty, aside)) if manifest else None
+        if manifest and not failure:
+            failure = _attempt(partial(_empty, aside))
         dist.barrier(self._group)
         for name, state in states.items():
             failure = failure or _attempt(partial(_write, aside / name, state, files))

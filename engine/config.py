@@ -36,7 +36,9 @@ class PeerConfig(_Section):
     network: str = Field(
         description="a name of ours (cifar_resnet32_b, cifar_wrn_28_10), timm/NAME or torchvision/NAME"
     )
-    copies: int = Field(1, ge=1, description="how many peers have this network, each with its own initialisation")
+    copies: int = Field(
+        1, ge=1, le=1024, description="how many peers have this network, each with its own initialisation"
+    )
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",

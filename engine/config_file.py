@@ -16,13 +16,58 @@ from pydantic_core import ErrorDetails
 from engine.config import ConfigError, PeerConfig, RunConfig
 from losses import METHODS
 
+MAX_BYTES = 1 << 20
+"""The largest config that is read."""
+
+MAX_VALUES = 100_000
+"""The most values that a config may stand for, each alias counted as what it stands for."""
+
+MAX_DEPTH = 50
+"""How deep a config may be nested."""
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, and a key that stands twice is a mistake rather than silently lost."""
+    """YAML as people write it: 1e-4 is a number, and a key that stands twice is a mistake rather than silently lost.
+
+    What would be too much for those who look at the values later is refused: text that no path or file can hold, values
+    within values without end, and aliases that stand for more than memory holds.
+    """
+
+    def get_single_node(self) -> Any:
+        self._depth = 0
+        self._sizes: dict[int, int] = {}
+        return super().get_single_node()
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        mark = event.start_mark
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ConfigError(f"{mark.name}:{mark.line + 1}: nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if id(node) not in self._sizes:
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(
+                    f"{mark.name}:{mark.line + 1}: alias {event.anchor!r} stands within what it stands for"
+                )
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            flat = [item for entry in inner for item in (entry if isinstance(entry, tuple) else (entry,))]
+            self._sizes[id(node)] = 1 + sum(self._sizes.get(id(item), MAX_VALUES) for item in flat)
+        if self._sizes[id(node)] > MAX_VALUES:
+            raise ConfigError(f"{mark.name}:{mark.line + 1}: stands for more than {MAX_VALUES} values, by its aliases")
+        return node
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if re.search("[\0\ud800-\udfff]", value):
+            where = f"{node.start_mark.name}:{node.start_mark.line + 1}"
+            raise ConfigError(f"{where}: {value!r}: expected text that can be written to a file")
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name = str(key.value)
             if name in seen:
                 raise ConfigError(f"{key.start_mark.name}:{key.start_mark.line + 1}: key {name!r} stands twice")
@@ -69,22 +114,32 @@ def _parse(text: str, where: str) -> Any:
         loader = _Loader(text)
         loader.name = where
         return loader.get_single_data()
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # PyYAML's constructors pass on whatever Python makes of a month 13 or of !!bool maybe.
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # A null byte; links in a circle.
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
     if path in seen:
         raise ConfigError(f"{path}: inherits from itself through base: {' -> '.join(p.name for p in (*seen, path))}")
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OSError(0, "Not a file")  # A device or a pipe may have no end.
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         by = f" (base of {seen[-1]})" if seen else ""
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         near = difflib.get_close_matches(path.name, _yaml_names(path.parent), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{path}{by}: cannot be read: {reason}{hint}") from None
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes; expected a config")
     raw = _parse(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections with keys, found {type(raw).__name__}")
@@ -161,6 +216,7 @@ _EXPECTED = {
 
 def _explain(error: ErrorDetails, raw: Mapping[str, Any]) -> str:
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    shown = repr(value) if len(repr(value)) <= 300 else f"{repr(value)[:300]}..."
     loc = [
         part for i, part in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "method" and part in METHODS)
     ]
@@ -168,7 +224,7 @@ def _explain(error: ErrorDetails, raw: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         valid = sorted(_fields(loc[:-1], raw))
         section = ".".join(str(part) for part in loc[:-1]) or "a config"
-        return f"{key} = {value!r}: unknown key{_nearest(str(loc[-1]), valid)}; {section} has: {', '.join(valid)}"
+        return f"{key} = {shown}: unknown key{_nearest(str(loc[-1]), valid)}; {section} has: {', '.join(valid)}"
     if kind == "missing":
         return f"{key}: missing; expected a value"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -176,17 +232,17 @@ def _explain(error: ErrorDetails, raw: Mapping[str, Any]) -> str:
         return f"{key}.name = {name!r}: expected one of {', '.join(METHODS)}{_nearest(str(name), list(METHODS))}"
     if kind == "literal_error":
         valid = re.findall(r"'([^']*)'", str(context["expected"]))
-        return f"{key} = {value!r}: expected one of {', '.join(valid)}{_nearest(str(value), valid)}"
+        return f"{key} = {shown}: expected one of {', '.join(valid)}{_nearest(str(value), valid)}"
     if kind == "value_error":
         return f"{key}.{context['error']}" if key else str(context["error"])
     if kind == "string_pattern_mismatch":
-        return f"{key} = {value!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit"
+        return f"{key} = {shown}: expected letters, digits, '.', '_' and '-', starting with a letter or digit"
     if kind == "too_short":
-        return f"{key} = {value!r}: expected at least {context['min_length']} item{'s' * (context['min_length'] > 1)}"
+        return f"{key} = {shown}: expected at least {context['min_length']} item{'s' * (context['min_length'] > 1)}"
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        return f"{key} = {value!r}: expected a value {error['msg'].removeprefix('Input should be ')}"
+        return f"{key} = {shown}: expected a value {error['msg'].removeprefix('Input should be ')}"
     expected = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
-    return f"{key} = {value!r}: expected {expected}"
+    return f"{key} = {shown}: expected {expected}"
 
 
 def _nearest(word: str, choices: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -24,16 +25,19 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "wandb", "nvidia-dali-cuda
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a last line that was cut short by a kill is left out."""
+    """The lines of a run's `metrics.jsonl`, up to one that was cut short by a kill or is no line of ours."""
     path = run / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            break
+        lines.append(line)
     return lines
 
 
@@ -42,19 +46,27 @@ def record_start(config: RunConfig, world: int) -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
     write_text(config.folder / "config.yaml", dump(config))
     path = config.folder / "starts.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    starts.append(
-        {
-            "command": sys.argv,
-            "ranks": world,
-            "git": _git("rev-parse", "HEAD"),
-            "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "versions": {name: version for name in _PACKAGES if (version := _version(name))},
-        }
-    )
-    write_json(path, starts)
+    start = {
+        "command": sys.argv,
+        "ranks": world,
+        "git": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+    write_json(path, [*_earlier_starts(path), start])
+
+
+def _earlier_starts(path: Path) -> list[Any]:
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (ValueError, RecursionError):
+        path.replace(path.with_name("starts.json.damaged"))
+        return []
+    return starts if isinstance(starts, list) else [starts]
 
 
 def _git(*arguments: str) -> str | None:
@@ -79,8 +91,9 @@ class Tracker:
     def __init__(self, config: RunConfig, step: int, steps: int) -> None:
         self._path = config.folder / "metrics.jsonl"
         kept = [line for line in read_metrics(config.folder) if line["step"] <= step]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_text(self._path, text)
+        self._size, self._unwritten = len(text), ""
         self._wandb = _start_wandb(config, step)
         self._bar = tqdm(
             total=steps,
@@ -94,20 +107,39 @@ class Tracker:
         )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Keeps one line of metrics, on disk before this returns. Numbers that are not finite become null."""
+        """Keeps one line of metrics, on disk before this returns, unless the disk is full: then it waits in memory for
+        the next line or `catch_up`. Numbers that are not finite become null."""
         line = {"step": step} | {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        waiting = bool(self._unwritten)
+        self._unwritten += json.dumps(line) + "\n"
+        if (refusal := self.catch_up()) and not waiting:
+            self.say(f"{refusal}; the lines of metrics wait in memory, training goes on")
         if self._wandb is not None:
             try:
                 self._wandb.log(line | {"step": step})
             except Exception as error:  # wandb is a sink: whatever it raises, training goes on.
                 self.say(f"wandb: {error}; going on without it, metrics are in {self._path}")
                 self._wandb = None
+
+    def catch_up(self) -> str | None:
+        """Writes what the disk has not taken yet. Returns: None, or which file it still does not take, and why."""
+        if not self._unwritten:
+            return None
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(self._unwritten)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, self._size)  # A full disk takes a part of a line.
+            return f"{self._path}: {error.strerror}"
+        self._size += len(self._unwritten)
+        self._unwritten = ""
+        return None
 
     def progress(self, step: int, **shown: str) -> None:
         """Moves the bar."""
@@ -130,7 +162,8 @@ class Tracker:
     def close(self) -> None:
         """Ends the bar, the file and the wandb run."""
         self._bar.close()
-        self._file.close()
+        if refusal := self.catch_up():
+            self.say(f"{refusal}; the last lines of metrics are lost")
         if self._wandb is not None:
             try:
                 self._wandb.finish()

@@ -217,7 +217,9 @@ class _Run:
                 self.best, save = Best(step, top1), True
         if save and keeps:
             standing = Standing(step, self.best, self.meter.in_a_row, self.losses.recent, len(self.rollbacks))
-            self.saver.save(standing, config.checkpoint.keep)
+            # A checkpoint after lines that are not on disk would make their loss final.
+            hindrance = self.tracker.catch_up() if self.tracker else None
+            self.saver.save(standing, config.checkpoint.keep, hindrance)
         self.clock.restart()
         self._last_line = (time.perf_counter(), step)
 

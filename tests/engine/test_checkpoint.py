@@ -156,6 +156,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_training_goes_on(
     assert checkpoint.verify(checkpoint.folder_of(run, 3)).step == 3
 
 
+def test_a_run_on_a_full_disk_goes_on_with_all_its_metrics(tiny: Path, whole: Path, small_disk: Path) -> None:
+    """Checkpoints, metrics and all else on one disk, which a checkpoint beside training fills now and then."""
+    run_ranks(2, train_here, a_run(tiny, small_disk, train={"epochs": 2}), timeout=60)
+    assert [line["step"] for line in read_metrics(small_disk)] == [line["step"] for line in read_metrics(whole)]
+    assert checkpoint.steps_on_disk(small_disk)
+    for step in checkpoint.steps_on_disk(small_disk):
+        assert checkpoint.verify(checkpoint.folder_of(small_disk, step)).step == step
+
+
 def train_and_listen(config: RunConfig, at: Path, largest_file: int | None = None) -> str:
     """Trains; returns what this rank wrote to stderr."""
     if largest_file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipelines.folder import list_folder
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
-from engine.config import RunConfig
-from engine.files import digest
+from engine.config import ConfigError, RunConfig
+from engine.files import digest, write_json
 from tests.checkpoints import PEER, a_run, change_state, edit, forge, replace_file
 from tests.kills import assert_same_state, final_state, numbers
 from tests.runs import train_here
@@ -471,6 +473,35 @@ def test_a_network_that_has_become_wider_is_refused(tiny: Path, run: Path) -> No
         f"{checkpoint.folder_of(run, 10)}/peer_cifar_resnet8_b-0.pt: does not fit this run: network: conv1.weight: "
         "expected float32 [8, 1, 3, 3], found float32 [4, 1, 3, 3]"
     )
+
+
+# -- names that become paths ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/x", "a/b", "..", ".x", "-x", "a\n", "a\n/b", "a\\b", "ü", "a b", "", "a\0b"]
+)
+def test_a_name_that_could_lead_elsewhere_is_refused(tiny: Path, tmp_path: Path, name: str) -> None:
+    expected = "expected letters, digits, '.', '_' and '-', starting with a letter or digit"
+    with pytest.raises(ConfigError, match="^name = .*: " + re.escape(expected)):
+        a_run(tiny, tmp_path, name=name)
+    with pytest.raises(ConfigError, match=re.escape("peers.0.name = ") + ".*: " + re.escape(expected)):
+        a_run(tiny, tmp_path, peers=[{"network": "cifar_resnet8_b", "name": name}])
+
+
+def test_classes_named_oddly_stay_names(tmp_path: Path) -> None:
+    names = [b"-rf", b"$(touch harm)", b"a b", b"a\nb", b"..x"[1:] + b"..", "ü".encode(), b"\xff", b'"', b"x;y"]
+    for split in (b"train", b"val"):
+        for name in names:
+            folder = os.path.join(os.fsencode(tmp_path), b"data", split, name)
+            os.makedirs(folder)
+            Path(os.fsdecode(folder), "x.png").touch()
+    train, _ = list_folder(tmp_path / "data")
+    assert {os.fsencode(name) for name in train.classes} == {name for name in names if not name.startswith(b".")}
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "classes.json", train.classes)
+    assert tuple(json.loads((tmp_path / "run" / "classes.json").read_text())) == train.classes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
 
 
 def test_the_tables_hold_at_least_thirty_kinds_each_with_a_message_of_its_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -21,9 +22,10 @@ from PIL import Image
 
 from engine.config import RunConfig
 from engine.config_file import dump, load
-from engine.tracking import Tracker, read_metrics
+from engine.tracking import Tracker, read_metrics, record_start
 from engine.trainer import TrainingDivergedError
 from tests.runs import small_run, train_here
+from tests.worlds import run_ranks
 
 ROOT = Path(__file__).parents[2]
 KEY = "local-" + "0123456789abcdef" * 2 + "01234567"
@@ -239,3 +241,59 @@ def test_training_writes_nothing_to_stdout(
     out, err = capfd.readouterr()
     assert out == ""
     assert ("step/s]" in err or "s/step]" in err or "5/5" in err) == progress
+
+
+def write_on_a_full_disk(config: RunConfig) -> list[str | None]:
+    """Lines of metrics for which there is no room, which comes back; in a process of its own, for the limit's sake."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker = Tracker(config, 0, 10)
+    answers = []
+    for step in range(1, 7):
+        full = 3 <= step <= 5
+        size = (config.folder / "metrics.jsonl").stat().st_size
+        # Room for half a line; the first is long, so that what is said of it is below the limit, wherever it goes.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 12 if full else limits[0], limits[1]))
+        tracker.write(step, {"a": "x" * 10**6 if step == 1 else 12345.5})
+        answers.append(tracker.catch_up())
+        assert [line["step"] for line in read_metrics(config.folder)] == list(range(1, 3 if full else step + 1))
+    tracker.close()
+    return answers
+
+
+def test_lines_that_a_full_disk_refuses_are_written_when_it_has_room(tiny: Path, tmp_path: Path) -> None:
+    (answers,) = run_ranks(1, write_on_a_full_disk, small_run(tiny, tmp_path))
+    refusal = f"{tmp_path}/metrics.jsonl: File too large"
+    assert answers == [None, None, refusal, refusal, refusal, None]
+    assert [line["step"] for line in strictly((tmp_path / "metrics.jsonl").read_text())] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[" * 100_000, "3", "null"])
+def test_damaged_records_of_starts_and_metrics_do_not_keep_a_run_from_starting(
+    tiny: Path, tmp_path: Path, damage: str
+) -> None:
+    (tmp_path / "starts.json").write_text(damage)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage.encode() + b'\xff\n{"step": 2}\n')
+    record_start(small_run(tiny, tmp_path), 1)
+    assert json.loads((tmp_path / "starts.json").read_text())[-1]["ranks"] == 1
+    assert read_metrics(tmp_path) == [{"step": 1}]
+
+
+def train_with_a_secret(config: RunConfig) -> None:
+    os.environ.update(WANDB_API_KEY=SECRET, AWS_SECRET_ACCESS_KEY=SECRET, HF_TOKEN=SECRET)
+    train_here(config)
+
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize("wandb", ["disabled", "offline"])
+def test_secrets_of_the_environment_are_in_no_file_of_a_run(tiny: Path, tmp_path: Path, wandb: str) -> None:
+    (tmp_path / "run").mkdir()
+    config = small_run(tiny, tmp_path / "run", train={"epochs": 1}, log={"wandb": wandb})
+    run_ranks(1, train_with_a_secret, config, timeout=100)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert names >= {"starts.json", "config.yaml", "metrics.jsonl", "manifest.json", "shared.pt"}
+    assert (wandb == "offline") == any(name.endswith(".wandb") for name in names)
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes(), path
