@@ -30,7 +30,7 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "report": None,
     "data": {"root", "threads", "decoder"},
     "precision": {"compile", "channels_last", "tf32"},
-    "train": {"epochs", "max_skipped"},
+    "train": {"epochs", "max_skipped", "timeout"},
 }
 """What may change between two starts of a run; null stands for a whole section."""
 

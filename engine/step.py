@@ -109,7 +109,9 @@ def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> Tensor:
     norms = [gradient_norm(module.parameters()) for module, _ in modules]
     losses = [term for (k, _), term in total.items() if k is None or k in learners]
     skip = 1 - torch.isfinite(torch.stack([cohort.nothing, *losses, *norms])).all().float().reshape(1)
-    dist.all_reduce(skip, dist.ReduceOp.MAX)
+    agreed = torch.cat([skip, cohort.stop])
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    skip, cohort.stop = agreed[:1], agreed[1:]
 
     if cohort.scaler.is_enabled():
         for _, optimizer in modules:

@@ -82,6 +82,7 @@ class Tracker:
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(config, step)
+        self._exit_code = 0
         self._bar = tqdm(
             total=steps,
             initial=step,
@@ -118,13 +119,22 @@ class Tracker:
         """Prints a line without breaking the bar."""
         self._bar.write(text, file=sys.stderr)
 
+    def preempted(self) -> None:
+        """Tells wandb that the run will go on later."""
+        self._exit_code = 1  # wandb takes a run that ends with 0 for a finished one, preempted or not.
+        if self._wandb is not None:
+            try:
+                self._wandb.mark_preempting()
+            except Exception as error:  # as above
+                self.say(f"wandb: {error}")
+
     def close(self) -> None:
         """Ends the bar, the file and the wandb run."""
         self._bar.close()
         self._file.close()
         if self._wandb is not None:
             try:
-                self._wandb.finish()
+                self._wandb.finish(exit_code=self._exit_code)
             except Exception as error:  # as above
                 self.say(f"wandb: {error}")
 

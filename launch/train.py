@@ -24,7 +24,12 @@ from launch.entry import parser, user_errors
 
 EPILOG = """\
 Every key, with what it means:  launch/train.py --keys
-Exit codes: 0 trained to the end, 1 failed, 2 a mistake in the config, the data or the command line.
+SIGUSR1, SIGTERM or Ctrl-C, to any process of the run, saves the step that it is at and ends the run with 0; the same
+command goes on from there. A script tells that from the end of the run by --preempted FILE.
+
+Exit codes: 0 trained to the end, or saved and ended by a signal; 1 failed; 2 a mistake in the config, the data or the
+command line; 130 ended at once by a second Ctrl-C. torchrun makes 1 of all but 0, and ends with 1 as well if it got
+the signal itself.
 """
 
 
@@ -38,6 +43,12 @@ def main() -> None:
     arguments.add_argument("--check", action="store_true", help="check config, data and placement, and end")
     arguments.add_argument("--keys", action="store_true", help="print every key with its default and meaning, and end")
     arguments.add_argument("--fresh", action="store_true", help="start over; a folder of an earlier run is moved aside")
+    arguments.add_argument(
+        "--preempted",
+        type=Path,
+        metavar="FILE",
+        help="write the name of the signal there if one ended the run early; without that FILE is not there afterwards",
+    )
     options = arguments.parse_args()
     launch = Launch.from_environment()
     if options.keys:
@@ -59,9 +70,11 @@ def main() -> None:
             if launch.rank == 0:
                 print(f"{config.name}: {config.method.name}; {placement}")
             return
-        folder = train(config, launch, fresh=fresh)
-        if launch.rank == 0:
-            _summarise(folder)
+        if options.preempted and launch.rank == 0:
+            options.preempted.unlink(missing_ok=True)
+        complete = train(config, launch, fresh=fresh, preempted=options.preempted)
+        if complete and launch.rank == 0:
+            _summarise(config.folder)
 
 
 def _first_start() -> bool:
