@@ -8,8 +8,10 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -17,6 +19,8 @@ from engine.collectives import Launch
 
 PERIOD = 1.0
 """Seconds between two beats."""
+
+ENDED = "ended"
 
 _COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe", re.IGNORECASE)
 
@@ -34,7 +38,7 @@ def heartbeat(launch: Launch, where: Callable[[], str], warn_after: float) -> It
         warn_after: seconds of silence after which the first two ranks warn of a rank.
 
     Raises:
-        RankLostError: from the error of a collective that failed in the body.
+        RankLostError: in place of the error of a collective that failed in the body.
     """
     if launch.world == 1:
         yield
@@ -43,32 +47,36 @@ def heartbeat(launch: Launch, where: Callable[[], str], warn_after: float) -> It
     over = threading.Event()
     thread = threading.Thread(target=_beat, args=(pulse, over, warn_after), daemon=True)
     thread.start()
-    last_words = None
+    last_words = ENDED
     try:
         yield
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, dist.DistError) or _COLLECTIVE.search(str(error)):
-            raise RankLostError(
-                f"rank {launch.rank} of {launch.world}, {where()}: a collective failed: {reason}\n{pulse.look_around()}"
-            ) from error
-        last_words = f"failed, {where()}: {type(error).__name__}: {reason}"
-        raise
     except BaseException as error:
-        last_words = f"failed, {where()}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and _COLLECTIVE.search(str(error))):
+            # The traceback of one that waited tells nobody anything: another rank is at fault.
+            here = f"rank {launch.rank} of {launch.world}, {where()}: {_line_of_ours(error)}"
+            raise RankLostError(f"{here}: {reason}\n{pulse.look_around()}") from None
+        last_words = f"failed, {where()}: {type(error).__name__}: {reason}"
         raise
     finally:
         over.set()
         thread.join()
         with contextlib.suppress(RuntimeError):
-            pulse.say(last_words or "ended")
+            pulse.say(last_words)
+
+
+def _line_of_ours(error: BaseException) -> str:
+    """The innermost line of this project that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    rooms = str(Path(__file__).parents[1])
+    return next((frame.line or frame.name for frame in reversed(frames) if frame.filename.startswith(rooms)), "torch")
 
 
 class _Pulse:
     """This rank's own connection to the store: a store that does not answer must hold up nobody else."""
 
     def __init__(self, launch: Launch, where: Callable[[], str]) -> None:
-        self.rank, self._world, self._where, self._count = launch.rank, launch.world, where, 0
+        self.rank, self.world, self._where, self._count = launch.rank, launch.world, where, 0
         self._address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
@@ -86,33 +94,28 @@ class _Pulse:
     def say(self, words: str) -> None:
         self._store.set(f"heartbeat/{self.rank}", words)
 
-    def hear(self) -> dict[int, str]:
-        """What each of the other ranks said last. Raises: RuntimeError, where the store does not answer."""
-        keys = {rank: f"heartbeat/{rank}" for rank in range(self._world) if rank != self.rank}
+    def hear(self, ranks: Iterable[int]) -> dict[int, str]:
+        """What other ranks said last. Raises: RuntimeError, where the store does not answer."""
+        keys = {rank: f"heartbeat/{rank}" for rank in ranks if rank != self.rank}
         return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
 
     def look_around(self) -> str:
         """What the other ranks do, in sentences. Takes a few seconds."""
         try:
-            before = self.hear()
+            before = self.hear(range(self.world))
             time.sleep(3 * PERIOD)
-            now = self.hear()
+            now = self.hear(range(self.world))
         except RuntimeError:
             return f"Nor does the store at {self._address} answer, which rank 0 or torchrun's agent there holds."
-        lost = {rank: words for rank, words in now.items() if words == before.get(rank)}
-        if lost:
-            return _sentences(lost)
-        waiting = "; ".join(f"rank {rank}: {words.partition(' ')[2]}" for rank, words in now.items())
-        return f"All ranks are alive. {waiting}."
+        lost = [_sentence(rank, words) for rank, words in now.items() if words == before.get(rank) and words != ENDED]
+        others = "; ".join(f"rank {rank}: {words.partition(' ')[2] or words}" for rank, words in now.items())
+        return "\n".join(lost) or f"No other rank is lost: {others}."
 
 
-def _sentences(lost: Mapping[int, str]) -> str:
-    lines = []
-    for rank, words in lost.items():
-        count, _, where = words.partition(" ")
-        alive = count.isdigit()
-        lines.append(f"Rank {rank} {f'does not answer; it was last heard of at {where}' if alive else words}.")
-    return "\n".join(lines)
+def _sentence(rank: int, words: str) -> str:
+    count, _, where = words.partition(" ")
+    beating = count.isdigit()
+    return f"Rank {rank} {f'does not answer; it was last heard of at {where}' if beating else words}."
 
 
 def _beat(pulse: _Pulse, over: threading.Event, warn_after: float) -> None:
@@ -122,15 +125,15 @@ def _beat(pulse: _Pulse, over: threading.Event, warn_after: float) -> None:
     while not over.wait(PERIOD):
         try:
             pulse.beat()
-            # One rank looks after the others, and another after that one: reading is not for thousands.
+            # Rank 0 looks after the others and rank 1 after rank 0: reading is not for thousands.
             if pulse.rank > 1 or time.monotonic() - looked < warn_after / 4:
                 continue
             looked = time.monotonic()
-            for rank, words in pulse.hear().items():
+            for rank, words in pulse.hear(range(1 if pulse.rank else pulse.world)).items():
                 if rank not in heard or heard[rank][0] != words:
                     heard[rank] = words, looked
-                elif looked - heard[rank][1] >= warn_after and rank not in warned and words != "ended":
+                elif looked - heard[rank][1] >= warn_after and rank not in warned and words != ENDED:
                     warned.add(rank)
-                    print(f"for {warn_after:.0f} s: {_sentences({rank: words})}", file=sys.stderr, flush=True)
+                    print(f"warning: {warn_after:g} s: {_sentence(rank, words)}", file=sys.stderr, flush=True)
         except RuntimeError:
             return  # The collective that fails next says more.
