@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine import config_file as configuration
@@ -41,6 +42,12 @@ def main() -> None:
     arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
     arguments.add_argument("--print-config", action="store_true", help="print the resolved config and end")
     arguments.add_argument("--check", action="store_true", help="check config, data and placement, and end")
+    arguments.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="with --check: as if on N ranks, of machines with a GPU for each unless device=cpu, not on this machine",
+    )
     arguments.add_argument("--keys", action="store_true", help="print every key with its default and meaning, and end")
     arguments.add_argument("--fresh", action="store_true", help="start over; a folder of an earlier run is moved aside")
     arguments.add_argument(
@@ -55,6 +62,8 @@ def main() -> None:
         if launch.rank == 0:
             print(configuration.describe())
         return
+    if options.ranks is not None and (options.ranks < 1 or not options.check):
+        arguments.error(f"--ranks {options.ranks}: expected a number of ranks, 1 or more, together with --check")
     if options.config is None:
         arguments.error("CONFIG is missing; expected a YAML file, such as configs/fashion_mnist/quickstart_dml.yaml")
 
@@ -66,7 +75,11 @@ def main() -> None:
             return
         fresh = options.fresh and _first_start()
         if options.check:
-            placement = check(config, launch, fresh=fresh)
+            device = None
+            if options.ranks is not None:
+                launch = Launch(0, 0, options.ranks)
+                device = torch.device("cpu" if config.device == "cpu" else "cuda")
+            placement = check(config, launch, fresh=fresh, device=device)
             if launch.rank == 0:
                 print(f"{config.name}: {config.method.name}; {placement}")
             return
