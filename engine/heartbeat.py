@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -55,14 +56,29 @@ def heartbeat(launch: Launch, where: Callable[[], str], warn_after: float) -> It
         if isinstance(error, dist.DistError) or (type(error) is RuntimeError and _COLLECTIVE.search(str(error))):
             # The traceback of one that waited tells nobody anything: another rank is at fault.
             here = f"rank {launch.rank} of {launch.world}, {where()}: {_line_of_ours(error)}"
-            raise RankLostError(f"{here}: {reason}\n{pulse.look_around()}") from None
+            over.set()
+            seen = _within(6 * PERIOD, pulse.look_around) or f"Nor does {pulse.holder} answer."
+            raise RankLostError(f"{here}: {reason}\n{seen}") from None
         last_words = f"failed, {where()}: {type(error).__name__}: {reason}"
         raise
     finally:
         over.set()
-        thread.join()
+        thread.join(2 * PERIOD)
+        _within(2 * PERIOD, partial(pulse.say, last_words))
+
+
+def _within(seconds: float, action: Callable[[], str | None]) -> str | None:
+    """The result of an action, or None if it takes longer: torch waits for a store that has stopped without a limit."""
+    results: list[str | None] = [None]
+
+    def act() -> None:
         with contextlib.suppress(RuntimeError):
-            pulse.say(last_words)
+            results[0] = action()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0]
 
 
 def _line_of_ours(error: BaseException) -> str:
@@ -77,7 +93,9 @@ class _Pulse:
 
     def __init__(self, launch: Launch, where: Callable[[], str]) -> None:
         self.rank, self.world, self._where, self._count = launch.rank, launch.world, where, 0
-        self._address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.holder = (
+            f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, rank 0's or torchrun's there,"
+        )
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -100,13 +118,12 @@ class _Pulse:
         return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
 
     def look_around(self) -> str:
-        """What the other ranks do, in sentences. Takes a few seconds."""
-        try:
-            before = self.hear(range(self.world))
-            time.sleep(3 * PERIOD)
-            now = self.hear(range(self.world))
-        except RuntimeError:
-            return f"Nor does the store at {self._address} answer, which rank 0 or torchrun's agent there holds."
+        """What the other ranks do, in sentences. Takes three beats. Raises: RuntimeError, as `hear`."""
+        before = self.hear(range(self.world))
+        for _ in range(3):
+            time.sleep(PERIOD)
+            self.beat()
+        now = self.hear(range(self.world))
         lost = [_sentence(rank, words) for rank, words in now.items() if words == before.get(rank) and words != ENDED]
         others = "; ".join(f"rank {rank}: {words.partition(' ')[2] or words}" for rank, words in now.items())
         return "\n".join(lost) or f"No other rank is lost: {others}."
