@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 # Two processes on two cores: one thread each.
 TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2
 
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test test-slurm lint clean
 
 help:
 	@echo "make setup       install everything into .venv (a few GB, some minutes the first time)"
 	@echo "make quickstart  train two small networks alone and then teaching each other, and compare them"
 	@echo "make test        lint, types, import rules and tests"
+	@echo "make test-slurm  tests of jobs on a real Slurm of two virtual nodes, which it installs and starts here (as root)"
 	@echo "make clean       remove .venv and caches; runs/ stays"
 
 setup: $(VENV)/.installed
@@ -46,6 +47,9 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slurm: setup
+	tests/slurm/cluster.sh run $(BIN)/python -m pytest -m slurm tests/slurm
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

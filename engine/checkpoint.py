@@ -129,9 +129,11 @@ class Saver:
         placement = cohort.placement
         writers = [rank for rank in range(placement.world) if replace(placement, rank=rank).replica == 0]
         self._first, self._writes = placement.rank == 0, placement.rank in writers
-        self._group: Any = dist.new_group(writers, timeout=WRITE_TIMEOUT, backend="gloo")
+        self.group: Any = dist.new_group(writers, timeout=WRITE_TIMEOUT, backend="gloo")
+        """Of the ranks that write; nobody else may communicate in it."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: tuple[int, float, Future[None]] | None = None
+        self._pending: tuple[int, float, Future[bool]] | None = None
+        self._written = True
 
     def save(self, standing: Standing, keep: int, hindrance: str | None = None) -> None:
         """Copies the state of this moment and has it written as the checkpoint of its step; then the oldest are
@@ -170,15 +172,18 @@ class Saver:
         writing = self._thread.submit(self._write, target, _copied(states), manifest, keep, hindrance)
         self._pending = (standing.step, time.monotonic(), writing)
 
-    def wait(self) -> None:
+    def wait(self) -> bool:
         """Returns when what was saved is on disk, or has been told not to be; at once on a rank that writes nothing.
         All ranks call this, before the run ends and before checkpoints are read.
+
+        Returns:
+            On rank 0 whether the last checkpoint was written; True elsewhere.
 
         Raises:
             RuntimeError: a rank died while it was written.
         """
         if self._pending is None:
-            return
+            return self._written
         step, since, writing = self._pending
         self._pending = None
         if wait_for([writing], PATIENCE).not_done:
@@ -187,7 +192,8 @@ class Saver:
                 f"{time.monotonic() - since:.0f} s; if the disk is always that slow, save less often "
                 "(checkpoint.every_steps, checkpoint.every_epochs)"
             )
-        writing.result()
+        self._written = writing.result()
+        return self._written
 
     @property
     def writing(self) -> bool:
@@ -200,16 +206,17 @@ class Saver:
 
     def _write(
         self, target: Path, states: dict[str, Any], manifest: Manifest | None, keep: int, failure: str | None
-    ) -> None:
+    ) -> bool:
         aside = target.with_name(target.name + ".tmp")
         files: dict[str, FileEntry] = {}
+        outcome: str | None = None
         if manifest and not failure:
             failure = _attempt(partial(_empty, aside))
-        dist.barrier(self._group)
+        dist.barrier(self.group)
         for name, state in states.items():
             failure = failure or _attempt(partial(_write, aside / name, state, files))
-        reports: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(reports, (failure, files), self._group)
+        reports: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(reports, (failure, files), self.group)
         if manifest:
             failures = [message for message, _ in reports if message]
             written = {name: entry for _, entries in reports for name, entry in entries.items()}
@@ -220,7 +227,8 @@ class Saver:
                 self._say(f"checkpoint of step {manifest.step} not written: {outcome}; training goes on")
             elif hindrance := _attempt(partial(_prune, self._run, keep, manifest.best)):
                 self._say(f"old checkpoints not removed: {hindrance}; training goes on")
-        dist.barrier(self._group)  # wait() returns on no rank before the checkpoint is there.
+        dist.barrier(self.group)  # wait() returns on no rank before the checkpoint is there.
+        return not outcome
 
 
 def _attempt(action: Callable[[], object]) -> str | None:

@@ -142,6 +142,8 @@ class Cohort:
         self._remembered = [[b for b in every if b.dtype == dtype] for dtype in {b.dtype: None for b in every}]
         self._before = [_flat(buffers) for buffers in self._remembered]
         self.nothing = torch.zeros((), device=device)
+        self.stop = torch.zeros(1, device=device)
+        """The number of a signal that this rank got, 0 without; after an update the largest of any rank."""
 
     @classmethod
     def on(cls, pipeline: Pipeline, config: RunConfig, placement: Placement, device: torch.device) -> Cohort:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,30 @@ def start(launch: Launch, device: torch.device) -> None:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"restart_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=FIRST_STEP_TIMEOUT)
+
+
+def limit_waiting(seconds: float, but: dist.ProcessGroup) -> None:
+    """From now on a collective of any group fails if it takes longer. To be called by all ranks together.
+
+    All groups that this rank is in so far are meant but one, DeviceMesh's too; a later one has a limit of its own.
+    """
+    dist.barrier()
+    for group in dist.distributed_c10d._world.pg_map.keys() - {but}:
+        if hasattr(dist, "set_timeout"):
+            dist.set_timeout(timedelta(seconds=seconds), group)
+        else:  # before torch 2.13
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def record_flights(folder: Path) -> None:
+    """Has NCCL write its last collectives into a folder if one of them times out; `torchfrtrace FOLDER` reads them.
+
+    To be called before the process group exists. What the user has set stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "20000")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.absolute() / "rank_"))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -95,6 +95,12 @@ class TrainConfig(_Section):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of each peer's moving average; null: none")
     sync_bn: bool = Field(False, description="BatchNorm statistics over the replica group instead of one rank's rows")
     max_skipped: int = Field(20, ge=1, description="non-finite updates in a row that end the run")
+    timeout: float = Field(
+        300.0,
+        gt=0,
+        description="seconds, after the first step, that ranks wait for one that does not answer before the run fails; "
+        "more than writing a checkpoint takes",
+    )
 
 
 class PrecisionConfig(_Section):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 import data_pipelines
 import models
 from data_pipelines import DataConfig
@@ -31,12 +33,12 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "report": None,
     "data": {"root", "threads", "decoder"},
     "precision": {"compile", "channels_last", "tf32"},
-    "train": {"epochs", "max_skipped"},
+    "train": {"epochs", "max_skipped", "timeout"},
 }
 """What may change between two starts of a run; null stands for a whole section."""
 
 
-def check(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Placement:
+def check(config: RunConfig, launch: Launch, *, fresh: bool = False, device: torch.device | None = None) -> Placement:
     """Everything that can be refused before a process group exists or a device is touched.
 
     Args:
@@ -46,7 +48,7 @@ def check(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Placemen
         ConfigError: naming the key, the value, what was expected and the nearest valid choice.
         CheckpointError: the run has gone back, and what it left out cannot be read.
     """
-    device = choose_device(config.device, launch)
+    device = device or choose_device(config.device, launch)
     check_optimizer(config.optimizer)
     if config.train.sync_bn and device.type != "cuda":
         raise ConfigError("train.sync_bn = True: works on CUDA devices only, this rank runs on the CPU; expected false")

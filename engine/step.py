@@ -140,7 +140,9 @@ def _outer_update(cohort: Cohort) -> None:
 def _agree_to_skip(cohort: Cohort, numbers: Sequence[Tensor]) -> Tensor:
     """[1], the same on all ranks of the world: 1 where one of them has a non-finite number."""
     skip = 1 - torch.isfinite(torch.stack([cohort.nothing, *numbers])).all().float().reshape(1)
-    dist.all_reduce(skip, dist.ReduceOp.MAX)
+    agreed = torch.cat([skip, cohort.stop])  # Whether to stop travels along.
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    skip, cohort.stop = agreed[:1], agreed[1:]
     return skip
 
 

@@ -19,6 +19,11 @@ class Clock:
         self._marks: list[tuple[str, torch.cuda.Event | float]] = []
         self.mark("start")
 
+    @property
+    def last(self) -> str:
+        """The part that was over last, as far as the host is concerned."""
+        return self._marks[-1][0]
+
     def mark(self, name: str) -> None:
         """The part `name` ends here."""
         if self._cuda:
@@ -43,5 +48,5 @@ class Clock:
 
     def restart(self) -> None:
         """What has passed since the last mark (an evaluation, a checkpoint) belongs to no part of a step."""
-        self._marks.clear()
         self.mark("start")
+        del self._marks[:-1]

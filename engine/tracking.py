@@ -95,6 +95,7 @@ class Tracker:
         write_text(self._path, text)
         self._size, self._unwritten = len(text), ""
         self._wandb = _start_wandb(config, step)
+        self._exit_code = 0
         self._bar = tqdm(
             total=steps,
             initial=step,
@@ -159,6 +160,15 @@ class Tracker:
             except Exception as error:  # as in write
                 self.say(f"wandb: {error}")
 
+    def preempted(self) -> None:
+        """Tells wandb that the run will go on later."""
+        self._exit_code = 1  # wandb takes a run that ends with 0 for a finished one, preempted or not.
+        if self._wandb is not None:
+            try:
+                self._wandb.mark_preempting()
+            except Exception as error:  # as in write
+                self.say(f"wandb: {error}")
+
     def close(self) -> None:
         """Ends the bar, the file and the wandb run."""
         self._bar.close()
@@ -166,7 +176,7 @@ class Tracker:
             self.say(f"{refusal}; the last lines of metrics are lost")
         if self._wandb is not None:
             try:
-                self._wandb.finish()
+                self._wandb.finish(exit_code=self._exit_code)
             except Exception as error:  # as above
                 self.say(f"wandb: {error}")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,14 +21,16 @@ from data_pipelines import DataError, Pipeline, open_pipeline
 from engine import checkpoint, rollback
 from engine.checkpoint import Best, Manifest, Saver, Standing
 from engine.cohort import Cohort
-from engine.collectives import Launch, choose_device, start
+from engine.collectives import Launch, choose_device, limit_waiting, record_flights, start
 from engine.config import RunConfig
 from engine.evaluation import evaluate_cohort, survey
-from engine.files import write_json
+from engine.files import write_json, write_text
 from engine.guards import check_same_rows, check_same_weights
 from engine.health import CODES, EXPLAINED, Collapse, LossWatch, Spike, collapsed, trouble, without_gradient
+from engine.heartbeat import heartbeat
 from engine.meter import Meter, Reading
 from engine.placement import Placement
+from engine.preemption import Preemption
 from engine.preflight import check
 from engine.rollback import GoBack, Rollback
 from engine.step import settle, train_step
@@ -39,25 +43,31 @@ class TrainingDivergedError(RuntimeError):
     """Too many updates in a row had to be skipped, or numbers went wrong once more after the last rollback."""
 
 
-def train(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Path:
+def train(config: RunConfig, launch: Launch, *, fresh: bool = False, preempted: Path | None = None) -> bool:
     """Trains the cohort to the end of its last epoch, going on from the newest whole checkpoint if there is one.
+
+    SIGUSR1, SIGTERM or SIGINT to any rank ends all of them early, with a checkpoint of the step that they are at.
 
     Args:
         fresh: start over; a folder of an earlier run is moved aside.
+        preempted: where the name of the signal is written if one ended the run early.
 
     Returns:
-        The run's folder.
+        Whether the run is complete.
 
     Raises:
         ConfigError: before anything is started.
         CheckpointError: on all ranks, where one of them cannot use the checkpoint.
         TrainingDivergedError: on all ranks at the same step.
+        RankLostError: a rank failed, or did not answer for `train.timeout` seconds.
     """
     placement = check(config, launch, fresh=fresh)
     device = choose_device(config.device, launch)
     _set_precision(config, device)
-    start(launch, device)
-    try:
+    if device.type == "cuda":
+        record_flights(config.folder / "flights")
+    preemption = Preemption(device)
+    with preemption.listening(), _process_group(launch, device):
         if fresh:
             # Not before: another rank may still be looking at what lies there.
             if launch.rank == 0:
@@ -65,23 +75,41 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Path:
             dist.barrier()
         pipeline = open_pipeline(config.data, config.seed, device)
         try:
-            while not _train_until_rollback(config, placement, device, pipeline):
+            while (run := _train_until_rollback(config, launch, placement, device, pipeline, preemption)) is None:
                 gc.collect()  # The networks of before have cycles, and those that are built next need the memory.
+            if run.stopped_by and preempted and launch.rank == 0:
+                write_text(preempted, f"{run.stopped_by.name}\n")
         finally:
             pipeline.close()
-        dist.barrier()
+    return run.stopped_by is None
+
+
+@contextlib.contextmanager
+def _process_group(launch: Launch, device: torch.device) -> Iterator[None]:
+    start(launch, device)
+    try:
+        yield
     finally:
         dist.destroy_process_group()
-    return config.folder
 
 
-def _train_until_rollback(config: RunConfig, placement: Placement, device: torch.device, pipeline: Pipeline) -> bool:
-    """Returns whether the run is at its end; if not it has gone back, and is to be built anew as after a kill."""
-    run = _Run(config, placement, device, pipeline)
+def _train_until_rollback(
+    config: RunConfig,
+    launch: Launch,
+    placement: Placement,
+    device: torch.device,
+    pipeline: Pipeline,
+    preemption: Preemption,
+) -> _Run | None:
+    """Returns the run, at its end or stopped; None where it has gone back, and is to be built anew as after a kill."""
+    run = _Run(config, placement, device, pipeline, preemption)
     try:
-        run.to_the_end()
+        with heartbeat(launch, run.where, warn_after=config.train.timeout / 2):
+            run.to_the_end()
+            # Here rather than at the very end: wandb, on rank 0 alone, may take longer than the others wait.
+            dist.barrier()
     except GoBack:
-        return False
+        return None
     except DataError as error:
         if placement.rank:  # one rank alone meets a broken file; the others only see that it is gone
             print(f"error: rank {placement.rank}: {error}", file=sys.stderr, flush=True)
@@ -90,7 +118,7 @@ def _train_until_rollback(config: RunConfig, placement: Placement, device: torch
         run.saver.close()
         if run.tracker:
             run.tracker.close()
-    return True
+    return run
 
 
 def _move_aside(config: RunConfig) -> None:
@@ -117,8 +145,18 @@ def _say_nothing(_: str) -> None:
 class _Run:
     """One rank's part of a run."""
 
-    def __init__(self, config: RunConfig, placement: Placement, device: torch.device, pipeline: Pipeline) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        placement: Placement,
+        device: torch.device,
+        pipeline: Pipeline,
+        preemption: Preemption,
+    ) -> None:
         self.config, self.placement, self.device, self.pipeline = config, placement, device, pipeline
+        self._preemption = preemption
+        self.stopped_by: signal.Signals | None = None
+        """The signal that ends the run before its end."""
         self.steps_per_epoch = pipeline.steps_per_epoch
         self.steps = config.train.epochs * self.steps_per_epoch
         self.cohort = Cohort.on(pipeline, config, placement, device)
@@ -135,6 +173,8 @@ class _Run:
             share = config.data.global_batch // placement.replicas // config.train.accumulation
             settle(self.cohort, share, Progress(self.step, self.steps_per_epoch, config.train.epochs))
         self.clock = Clock(device)
+        self._aside = ""
+        self._limited = False
         self._last_line = (time.perf_counter(), self.step)
 
     def _resume(self) -> None:
@@ -170,8 +210,13 @@ class _Run:
             manifest = replace(manifest, best=None)
         return [manifest, damaged, rollbacks]
 
+    def where(self) -> str:
+        """Where this rank is."""
+        return f"{self._aside} of step {self.step}" if self._aside else f"step {self.step + 1}, {self.clock.last} done"
+
     def to_the_end(self) -> None:
-        while self.step < self.steps:
+        """Trains until the last step is done or a signal asks for an earlier end."""
+        while self.step < self.steps and not self.stopped_by:
             epoch, done = divmod(self.step, self.steps_per_epoch)
             if epoch and not done and self.cohort.method.held_out(self.config.method):
                 self.cohort.method.begin_epoch(survey(self.cohort, self.pipeline))
@@ -181,14 +226,22 @@ class _Run:
                 self.clock.mark("data")
                 progress = Progress(self.step, self.steps_per_epoch, self.config.train.epochs)
                 if not rollback.left_out(self.rollbacks, self.step):
+                    self._preemption.ask(self.cohort.stop)
                     terms, skipped = train_step(
                         self.cohort, batch.split(self.config.train.accumulation), progress, self.clock
                     )
                     self.meter.add(terms, skipped)
+                    if not self._limited:
+                        limit_waiting(self.config.train.timeout, but=self.saver.group)
+                        self._limited = True
+                    if self.step + 1 < self.steps:
+                        self.stopped_by = self._preemption.agreed(self.cohort.stop)
                 self.step += 1
                 if self.tracker:
                     self.tracker.progress(self.step)
                 self._report_and_save(batch.ids)
+                if self.stopped_by:
+                    break
         self.saver.wait()
 
     def _report_and_save(self, ids: Tensor) -> None:
@@ -199,6 +252,7 @@ class _Run:
         ends_epoch, ends_run = within == 0, step == self.steps
         save = ends_run or (ends_epoch and epoch % config.checkpoint.every_epochs == 0)
         save |= config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0
+        save |= self.stopped_by is not None
         score = ends_run or (ends_epoch and epoch % config.evaluation.every_epochs == 0)
 
         if not (save or score or ends_epoch or within % config.log.every_steps == 0):
@@ -212,16 +266,31 @@ class _Run:
         # Where a row of skipped updates may end in a rollback, no checkpoint from within pushes out those from before.
         keeps = ends_run or not (config.health.rollback and self.meter.in_a_row)
         if score:
+            self._aside = "evaluation"
             top1 = self._evaluate()
             if keeps and (self.best is None or top1 > self.best.top1):
                 self.best, save = Best(step, top1), True
         if save and keeps:
+            self._aside = "checkpoint"
             standing = Standing(step, self.best, self.meter.in_a_row, self.losses.recent, len(self.rollbacks))
             # A checkpoint after lines that are not on disk would make their loss final.
             hindrance = self.tracker.catch_up() if self.tracker else None
             self.saver.save(standing, config.checkpoint.keep, hindrance)
+        if self.stopped_by:
+            self._tell_of_the_end(saved=keeps and self.saver.wait())
+        self._aside = ""
         self.clock.restart()
         self._last_line = (time.perf_counter(), step)
+
+    def _tell_of_the_end(self, saved: bool) -> None:
+        assert self.stopped_by
+        seconds = self._preemption.seconds(self.device)
+        if self.tracker:
+            self.tracker.preempted()
+            self.tracker.say(
+                f"signal {self.stopped_by.name} at step {self.step}: {'saved' if saved else 'NOT saved'}, ended "
+                f"{seconds:.1f} s later; start the same command again to go on"
+            )
 
     def _write_line(self) -> None:
         reading = self.meter.read()

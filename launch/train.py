@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine import config_file as configuration
@@ -24,7 +25,12 @@ from launch.entry import parser, user_errors
 
 EPILOG = """\
 Every key, with what it means:  launch/train.py --keys
-Exit codes: 0 trained to the end, 1 failed, 2 a mistake in the config, the data or the command line.
+SIGUSR1, SIGTERM or Ctrl-C, to any process of the run, saves the step that it is at and ends the run with 0; the same
+command goes on from there. A script tells that from the end of the run by --preempted FILE.
+
+Exit codes: 0 trained to the end, or saved and ended by a signal; 1 failed; 2 a mistake in the config, the data or the
+command line; 130 ended at once by a second Ctrl-C. torchrun makes 1 of all but 0, and ends with 1 as well if it got
+the signal itself.
 """
 
 
@@ -36,14 +42,28 @@ def main() -> None:
     arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
     arguments.add_argument("--print-config", action="store_true", help="print the resolved config and end")
     arguments.add_argument("--check", action="store_true", help="check config, data and placement, and end")
+    arguments.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="with --check: as if on N ranks, of machines with a GPU for each unless device=cpu, not on this machine",
+    )
     arguments.add_argument("--keys", action="store_true", help="print every key with its default and meaning, and end")
     arguments.add_argument("--fresh", action="store_true", help="start over; a folder of an earlier run is moved aside")
+    arguments.add_argument(
+        "--preempted",
+        type=Path,
+        metavar="FILE",
+        help="write the name of the signal there if one ended the run early; without that FILE is not there afterwards",
+    )
     options = arguments.parse_args()
     launch = Launch.from_environment()
     if options.keys:
         if launch.rank == 0:
             print(configuration.describe())
         return
+    if options.ranks is not None and (options.ranks < 1 or not options.check):
+        arguments.error(f"--ranks {options.ranks}: expected a number of ranks, 1 or more, together with --check")
     if options.config is None:
         arguments.error("CONFIG is missing; expected a YAML file, such as configs/fashion_mnist/quickstart_dml.yaml")
 
@@ -55,13 +75,19 @@ def main() -> None:
             return
         fresh = options.fresh and _first_start()
         if options.check:
-            placement = check(config, launch, fresh=fresh)
+            device = None
+            if options.ranks is not None:
+                launch = Launch(0, 0, options.ranks)
+                device = torch.device("cpu" if config.device == "cpu" else "cuda")
+            placement = check(config, launch, fresh=fresh, device=device)
             if launch.rank == 0:
                 print(f"{config.name}: {config.method.name}; {placement}")
             return
-        folder = train(config, launch, fresh=fresh)
-        if launch.rank == 0:
-            _summarise(folder)
+        if options.preempted and launch.rank == 0:
+            options.preempted.unlink(missing_ok=True)
+        complete = train(config, launch, fresh=fresh, preempted=options.preempted)
+        if complete and launch.rank == 0:
+            _summarise(config.folder)
 
 
 def _first_start() -> bool:

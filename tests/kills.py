@@ -25,15 +25,15 @@ chance = random.SystemRandom()
 
 @contextlib.contextmanager
 def running(
-    size: int, config: RunConfig, train: Callable[[RunConfig], None] = train_here
+    size: int, config: RunConfig, function: Callable[..., Any] = train_here, *arguments: Any
 ) -> Iterator[list[BaseProcess]]:
-    """A run on real ranks that goes on beside the test; whatever still runs at the end is killed."""
+    """`function(config, *arguments)` on real ranks beside the test; whatever still runs at the end is killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
-        arguments = [(rank, size, port, Path(name), train, (config,)) for rank in range(size)]
-        ranks: list[BaseProcess] = [_context().Process(target=_rank, args=a) for a in arguments]
+        calls = [(rank, size, port, Path(name), function, (config, *arguments)) for rank in range(size)]
+        ranks: list[BaseProcess] = [_context().Process(target=_rank, args=call) for call in calls]
         for process in ranks:
             process.start()
         try:

@@ -68,11 +68,11 @@ def started_twice(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return at / "run", done, ids
 
 
-def wandb_history(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `.wandb` file: a 7-byte header, then LevelDB's log of protobuf records."""
+def wandb_records(path: Path) -> Iterator[Any]:
+    """What a `.wandb` file holds: a 7-byte header, then LevelDB's log of protobuf records."""
     from wandb.proto import wandb_internal_pb2
 
-    data, position, parts, rows = path.read_bytes(), 7, b"", []
+    data, position, parts = path.read_bytes(), 7, b""
     while position + 7 <= len(data):
         if 32768 - position % 32768 < 7:
             position += 32768 - position % 32768
@@ -84,11 +84,16 @@ def wandb_history(path: Path) -> list[dict[str, Any]]:
             record = wandb_internal_pb2.Record()
             record.ParseFromString(parts)
             parts = b""
-            if record.WhichOneof("record_type") == "history":
-                rows.append(
-                    {"".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-                )
-    return rows
+            yield record
+
+
+def wandb_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `.wandb` file."""
+    return [
+        {"".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in wandb_records(path)
+        if record.WhichOneof("record_type") == "history"
+    ]
 
 
 def test_two_starts_are_one_run_of_wandb(started_twice: Any) -> None:

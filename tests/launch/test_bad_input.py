@@ -56,7 +56,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "misspelt_key": (
         "train.epoch=3",
         "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, clip_norm, ema_decay, epochs, "
-        "max_skipped, sync_bn",
+        "max_skipped, sync_bn, timeout",
     ),
     "misspelt_key_of_a_peer": (
         "peers.0.netwrk=x",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from engine import checkpoint
+from engine import checkpoint, trainer
 from engine.config_file import describe, load
 from engine.tracking import read_metrics
 from launch.train import main
+from tests.engine.test_tracking import wandb_records
 from tests.kills import assert_same_state, final_state, numbers
 from tests.worlds import run_ranks
 
@@ -86,6 +90,58 @@ def test_check_says_what_would_run_and_writes_nothing(
         "",
     )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_for_other_machines_asks_nothing_of_this_one(
+    config: Path,
+    tmp_path: Path,
+    command: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    on_gpus = ["device=cuda", "train.sync_bn=true", "placement.kind=colocated"]
+    assert command(config, *on_gpus, "--check", "--ranks", "4") == (
+        "small: dml; colocated: all peers on every rank, 4 ranks a peer, 4 in all\n",
+        "",
+    )
+    for arguments, message in (
+        ([*on_gpus, "--check", "--ranks", "7"], "global_batch = 24: cannot be split evenly over 7 replicas"),
+        (["train.sync_bn=true", "--check", "--ranks", "2"], "train.sync_bn = True: works on CUDA devices only"),
+        (["--check", "--ranks", "0"], "--ranks 0: expected a number of ranks, 1 or more, together with --check"),
+        (["--ranks", "2"], "--ranks 2: expected a number of ranks, 1 or more, together with --check"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["launch/train.py", str(config), *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert message in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_a_signal_ended_prints_no_table_and_says_so_to_scripts(
+    config: Path, tmp_path: Path, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step, preempted = trainer.train_step, tmp_path / "preempted"
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    out, err = command(config, "log.wandb=offline", "--preempted", preempted)
+    assert out == ""
+    # Asked in the first step, agreed on in the second.
+    said = r"signal SIGTERM at step 2: saved, ended \d+\.\d s later; start the same command again to go on\n"
+    assert re.search(said, err), err
+    assert preempted.read_text() == "SIGTERM\n"
+    assert not (tmp_path / "run" / "table.txt").exists()
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert [record.WhichOneof("record_type") for record in wandb_records(written)].count("preempting") == 1
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    out, err = command(config, "--preempted", preempted)
+    assert "going on at step 2 of 5" in err
+    assert "deployed:" in out
+    assert not preempted.exists()
 
 
 def test_keys_lists_every_key_with_a_meaning(command: Callable[..., Outcome]) -> None:

@@ -1,0 +1,90 @@
+"""Ending early: a signal to any rank makes all of them end after the same step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+"""What a scheduler sends before it takes the machine away, and Ctrl-C."""
+
+
+class Preemption:
+    """What this rank was asked to do by a signal, and what the ranks have agreed on.
+
+    A handler only takes a note. The note travels with a number that the ranks reduce in every step anyway, so agreeing
+    costs nothing, and it is read after the same step everywhere.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._asked: int = 0
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGUSR1, SIGTERM and SIGINT are noted instead of ending the process; a second Ctrl-C ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Only the main thread may have handlers.
+            return
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._asked:
+            self._asked, self._since = number, now
+            if number == signal.SIGINT and int(os.environ.get("RANK", 0)) == 0:
+                os.write(2, b"\nSIGINT: saving after this step; once more to end without saving\n")
+        elif (
+            number == signal.SIGINT and now - self._since > 1
+        ):  # A launcher may pass on what the terminal sent as well.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def ask(self, stop: Tensor) -> None:
+        """Before a step: puts the number of the signal that this rank got, if any, into `stop` [1], on the device."""
+        if self._asked:
+            stop.fill_(self._asked)
+
+    def agreed(self, stop: Tensor) -> signal.Signals | None:
+        """After a step: the signal that some rank had got before it; on CUDA before the step before, so that the host
+        need not wait for this one.
+
+        Args:
+            stop: [1], the maximum over all ranks of what `ask` made of it.
+        """
+        number = 0
+        if not self._cuda:
+            number = int(stop.item())
+        else:
+            pinned, event = torch.empty(1, pin_memory=True), torch.cuda.Event()
+            pinned.copy_(stop, non_blocking=True)
+            event.record()
+            self._under_way.append((pinned, event))
+            if len(self._under_way) > 1:
+                pinned, event = self._under_way.popleft()
+                event.synchronize()
+                number = int(pinned.item())
+        return signal.Signals(number) if number else None
+
+    def seconds(self, device: torch.device) -> float:
+        """Since the first rank that got a signal got it. To be called by all ranks together."""
+        waited = torch.tensor([time.monotonic() - self._since if self._asked else 0.0], device=device)
+        dist.all_reduce(waited, dist.ReduceOp.MAX)
+        return waited.item()

@@ -1,0 +1,69 @@
+#!/bin/bash
+# Checks a config for the number of ranks that it will have, and submits it if nothing is wrong with it:
+#   slurm/submit.sh CONFIG [--nodes=N] [options of sbatch] [section.key=value ...]       one run
+#   slurm/submit.sh CONFIG [CONFIG ...] seeds=0,1,2 [as above]                           an array: each config, each seed
+set -euo pipefail
+folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$folder/.."
+ranks=${RANKS_PER_NODE:-}
+. slurm/site.sh
+
+configs=() options=() overrides=() seeds=
+while (($#)); do
+  case $1 in
+    -h | --help) sed -n '2,4s/^# //p' "$folder/submit.sh"; exit ;;
+    --*=* | -?=*) options+=("$1") ;;
+    -*)
+      options+=("$1")
+      # --nodes 2: what follows is the option's value unless it is something else that we know.
+      if (($# > 1)) && [[ $2 != -* && $2 != *.y?(a)ml && ! $2 =~ ^[a-z_0-9.]+= ]]; then options+=("$2"); shift; fi
+      ;;
+    seeds=*) seeds=$1 ;;
+    *=*) overrides+=("$1") ;;
+    *) configs+=("$1") ;;
+  esac
+  shift
+done
+((${#configs[@]})) || { echo "usage: slurm/submit.sh CONFIG [--nodes=N] [options of sbatch] [section.key=value ...]" >&2; exit 2; }
+
+script=slurm/train.sbatch arguments=("${configs[@]}" "${overrides[@]}")
+if [ -n "$seeds" ] || ((${#configs[@]} > 1)); then
+  IFS=, read -ra numbers <<<"${seeds#seeds=}"
+  script=slurm/array.sbatch arguments=("${seeds:-seeds=0}" "${arguments[@]}")
+  options=("--array=0-$((${#configs[@]} * (${#numbers[@]} ? ${#numbers[@]} : 1) - 1))" "${options[@]}")
+  for key in dir name seed; do
+    for override in "${overrides[@]}"; do
+      [[ $override != "$key="* ]] || { echo "error: $override: each run of an array has its own; expected no $key" >&2; exit 2; }
+    done
+  done
+fi
+
+# value_of NAME LETTER: what sbatch will take for an option, from the command line or the script's own lines.
+value_of() {
+  local i value
+  value=$(sed -n "s/^#SBATCH --$1=//p" "$script")
+  for ((i = 0; i < ${#options[@]}; i++)); do
+    case ${options[i]} in
+      --"$1"=*) value=${options[i]#*=} ;;
+      --"$1" | -"$2") value=${options[i + 1]:-} ;;
+      -"$2"*) value=${options[i]#-?} ;;
+    esac
+  done
+  echo "$value"
+}
+gpus=$(value_of gpus-per-node :)
+world=$(($(value_of nodes N) * ${ranks:-${gpus##*:}}))
+for config in "${configs[@]}"; do
+  "$PYTHON" launch/train.py "$config" "${overrides[@]}" --check --ranks "$world" || { echo "not submitted" >&2; exit 2; }
+done
+
+job=$(sbatch --parsable "${options[@]}" "$script" "${arguments[@]}")
+job=${job%%;*}
+log=$(value_of output o)
+log=${log//%[jA]/$job}
+log=${log//%a/*}
+echo "job $job is in the queue
+  log:     $log
+  follow:  tail -F $log
+  state:   squeue --job $job
+  stop:    scancel --signal=TERM $job    (saves first; scancel $job leaves it 30 s or what the site grants)"

@@ -1,0 +1,180 @@
+"""What torchrun and train.py make of signals, of dead agents and of failures, together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from engine import checkpoint
+from engine.config import RunConfig
+from engine.config_file import dump
+from tests.kills import assert_same_state, final_state, last_step, numbers
+from tests.runs import small_run, train_here
+from tests.worlds import run_ranks
+
+ROOT = Path(__file__).parents[2]
+ALONE = ["--nnodes=1", "--rdzv-endpoint=127.0.0.1:0"]
+
+pytestmark = pytest.mark.slow
+
+
+class Agent:
+    """A torchrun, in a session of its own, and what it has printed."""
+
+    def __init__(self, output: Path, config: Path, *options: str, arguments: tuple[str, ...] = ()) -> None:
+        self.output = output
+        with output.open("w") as file:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", *options),
+                    *("launch/train.py", str(config), *arguments),
+                ],
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            )
+
+    def workers(self) -> dict[int, int]:
+        """Process ids by rank."""
+        found = {}
+        pid = self.process.pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            environment = dict(
+                entry.split("=", 1) for entry in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in entry
+            )
+            if "RANK" in environment:
+                found[int(environment["RANK"])] = int(child)
+        return found
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+
+@contextlib.contextmanager
+def agents(*started: Agent) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for agent in started:
+            if agent.process.poll() is None:
+                for pid in agent.workers().values():
+                    os.kill(pid, signal.SIGKILL)
+                agent.process.kill()
+            agent.process.wait()
+
+
+def wait(due: Callable[[], bool], *running: Agent, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not due():
+        assert time.monotonic() < deadline, "\n".join(agent.text() for agent in running)
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path) -> tuple[RunConfig, Path]:
+    """A run of 200 steps with a checkpoint every 3, and its file."""
+    config = small_run(
+        tiny,
+        tmp_path / "run",
+        train={"epochs": 40, "timeout": 6.0},
+        checkpoint={"every_steps": 3},
+        evaluation={"every_epochs": 10},
+        log={"every_steps": 1},
+    )
+    (tmp_path / "run.yaml").write_text(dump(config))
+    return config, tmp_path / "run.yaml"
+
+
+@pytest.fixture
+def undisturbed(tiny: Path, run: tuple[RunConfig, Path], tmp_path: Path) -> Path:
+    run_ranks(2, train_here, run[0].model_copy(update={"dir": tmp_path / "undisturbed"}))
+    return tmp_path / "undisturbed"
+
+
+@pytest.mark.parametrize(
+    ("number", "to", "code"),
+    [(signal.SIGUSR1, "worker", 0), (signal.SIGTERM, "agent", 1), (signal.SIGINT, "agent", 1)],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    run: tuple[RunConfig, Path], tmp_path: Path, undisturbed: Path, number: signal.Signals, to: str, code: int
+) -> None:
+    """torchrun itself ends with 1 if it got the signal, however well its workers ended."""
+    config, file = run
+    preempted = tmp_path / "preempted"
+    options = (*ALONE, "--nproc-per-node=2", "--max-restarts=2")
+    agent = Agent(tmp_path / "output", file, *options, arguments=("--preempted", str(preempted)))
+    with agents(agent):
+        wait(lambda: last_step(config.folder) >= 20, agent)
+        os.kill(agent.workers()[1] if to == "worker" else agent.process.pid, number)
+        assert agent.process.wait(60) == code, agent.text()
+    assert preempted.read_text() == f"{number.name}\n"
+    assert f"signal {number.name} at step {last_step(config.folder)}: saved" in agent.text()
+    assert "deployed:" not in agent.text()
+    again = Agent(tmp_path / "output", file, *options, arguments=("--preempted", str(preempted)))
+    with agents(again):
+        assert again.process.wait(120) == 0, again.text()
+    assert not preempted.exists()
+    assert "deployed:" in again.text()
+    assert_same_state(final_state(config.folder), final_state(undisturbed))
+    assert numbers(config.folder) == numbers(undisturbed)
+
+
+def test_an_agent_that_dies_is_survived_by_the_other_with_fewer_ranks(
+    run: tuple[RunConfig, Path], tmp_path: Path, undisturbed: Path
+) -> None:
+    config, file = run
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-id=elastic")
+    options += (f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=5")
+    first = Agent(tmp_path / "first", file, *options)
+    time.sleep(1)  # The first one holds the store of the agents.
+    second = Agent(tmp_path / "second", file, *options)
+    with agents(first, second):
+        wait(lambda: last_step(config.folder) >= 20, first, second)
+        (victim,) = second.workers().values()
+        second.process.kill()
+        os.kill(victim, signal.SIGKILL)
+        assert first.process.wait(150) == 0, first.text()
+    said = first.text() + second.text()
+    assert "spread: 1 of 2 peers a rank, 1 rank a peer, 2 in all" in said
+    assert "colocated: all peers on every rank, 1 rank a peer, 1 in all" in first.text()
+    assert "going on at step" in first.text()
+    assert_same_state(final_state(config.folder), final_state(undisturbed), relative=1e-3)
+    assert [line["step"] for line in numbers(config.folder)] == [line["step"] for line in numbers(undisturbed)]
+
+
+def test_the_first_failure_is_what_one_reads_at_the_end(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    """A checkpoint folder that is a file fails rank 0 alone."""
+    config, file = run
+    config.folder.mkdir()
+    (config.folder / "classes.json").mkdir()  # which rank 0 alone writes
+    agent = Agent(tmp_path / "output", file, *ALONE, "--nproc-per-node=2")
+    with agents(agent):
+        assert agent.process.wait(90) == 1
+    cause = agent.text().partition("Root Cause (first observed failure)")[2]
+    assert "rank      : 0" in cause
+    assert "IsADirectoryError" in cause
+
+
+def test_a_rank_that_stopped_is_named_before_the_others_give_up(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    config, file = run
+    agent = Agent(tmp_path / "output", file, *ALONE, "--nproc-per-node=2")
+    with agents(agent):
+        wait(lambda: last_step(config.folder) >= 20, agent)
+        os.kill(agent.workers()[1], signal.SIGSTOP)
+        wait(lambda: "warning: 3 s: Rank 1 does not answer; it was last heard of at step" in agent.text(), agent)
+        assert agent.process.wait(90) == 1
+    assert "RankLostError: rank 0 of 2, step" in agent.text()
+    assert checkpoint.newest(config.folder)[0] is not None
