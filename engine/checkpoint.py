@@ -105,7 +105,7 @@ def save(run: Path, cohort: Cohort, *, step: int, best: Best | None, in_a_row: i
         manifest = Manifest(
             step=step,
             method=cohort.config.method.name,
-            peers=[name for name, _ in cohort.config.cohort],
+            peers=[name for name, _ in cohort.config.trained],
             num_classes=cohort.num_classes,
             channels=cohort.channels,
             best=best,
@@ -251,7 +251,7 @@ def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:
         CheckpointError: the checkpoint is of other peers or of another method.
     """
     folder = folder_of(run, manifest.step)
-    names = [name for name, _ in cohort.config.cohort]
+    names = [name for name, _ in cohort.config.trained]
     if manifest.peers != names:
         raise CheckpointError(f"{folder}: of the peers {', '.join(manifest.peers)}; expected {', '.join(names)}")
     if manifest.method != cohort.config.method.name:

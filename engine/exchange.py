@@ -42,10 +42,11 @@ class Exchange:
 
         Returns:
             The signals of all K peers in order, in float32: the residents' own tensors, live, and the others' copies.
+            Those of peers that live in other jobs are empty.
         """
         own = {k: {name: x.float() for name, x in signals.items()} for k, signals in own.items()}
         if self._placement.groups == 1:
-            return [own[k] for k in range(self._placement.num_peers)]
+            return [own.get(k, {}) for k in range(self._placement.num_peers)]
         if mode == "none":
             return [own.get(k, {}) for k in range(self._placement.num_peers)]
         shown = {k: {name: x for name, x in signals.items() if name not in private} for k, signals in own.items()}

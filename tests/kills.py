@@ -24,13 +24,15 @@ chance = random.SystemRandom()
 
 
 @contextlib.contextmanager
-def running(size: int, config: RunConfig) -> Iterator[list[BaseProcess]]:
+def running(
+    size: int, config: RunConfig, function: Callable[[RunConfig], None] = train_here
+) -> Iterator[list[BaseProcess]]:
     """A run on real ranks that goes on beside the test; whatever still runs at the end is killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
-        arguments = [(rank, size, port, Path(name), train_here, (config,)) for rank in range(size)]
+        arguments = [(rank, size, port, Path(name), function, (config,)) for rank in range(size)]
         ranks: list[BaseProcess] = [_context().Process(target=_rank, args=a) for a in arguments]
         for process in ranks:
             process.start()

@@ -169,7 +169,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     ),
     "misspelt_placement": (
         "placement.kind=hybird",
-        "placement.kind = 'hybird': expected one of auto, colocated, spread, hybrid; did you mean 'hybrid'?",
+        "placement.kind = 'hybird': expected one of auto, colocated, spread, hybrid, jobs; did you mean 'hybrid'?",
     ),
     # Optimiser and schedule.
     "unknown_optimizer": ("optimizer.name=sdg", "optimizer.name = 'sdg': not one of timm's optimisers; nearest: sgd"),
