@@ -67,8 +67,8 @@ class _Other:
     sha256: str | None = None
     silent: int = 0
     """Exchanges in a row without anything new."""
-    fault: str | None = None
-    """What is wrong with its file, and has been said."""
+    unusable: bool = False
+    """Whether something was wrong with its file the last time, which has been said."""
 
 
 class Meeting:
@@ -149,26 +149,25 @@ class Meeting:
     def _news(self, other: _Other, step: int, wire: torch.dtype) -> Signals:
         """What a peer has left since the last time; {} where there is nothing new that can be used."""
         tensors: Signals = {}
-        fault = None
+        unusable = False
         late, stays = other.silent >= LATE, "its last copy, if there is one, stays in use"
         if other.step is not None:
-            stays = f"its copy of step {other.step}, {_distance(other.step, step)}, stays in use"
+            stays = f"its copy of {_distance(other.step, step)}, stays in use"
         try:
             tensors = self._take(other, wire)
         except FileNotFoundError:
             pass
         except _DAMAGE as error:
-            fault = str(error)[:300] or type(error).__name__
-            if fault != other.fault:
-                _log.warning("step %d: %s: not used: %s; %s", step, other.path, fault, stays)
-        other.fault = fault
+            unusable = True
+            if not other.unusable:
+                why = str(error)[:300] or type(error).__name__
+                _log.warning("step %d: %s: not used: %s; %s", step, other.path, why, stays)
+        other.unusable = unusable
         other.silent = 0 if tensors else other.silent + 1
         if other.silent == LATE:
             _log.warning("step %d: peer %s: nothing new in %d exchanges; %s", step, other.name, LATE, stays)
         if tensors and late:
-            _log.warning(
-                "step %d: peer %s is back: step %d, %s", step, other.name, other.step, _distance(other.step, step)
-            )
+            _log.warning("step %d: peer %s is back: %s", step, other.name, _distance(other.step or 0, step))
         return tensors
 
     def _take(self, other: _Other, wire: torch.dtype) -> Signals:
@@ -229,6 +228,5 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _distance(theirs: int | None, here: int) -> str:
-    behind = here - (theirs or 0)
-    return f"{abs(behind)} steps {'behind' if behind >= 0 else 'ahead'}"
+def _distance(theirs: int, here: int) -> str:
+    return f"step {theirs}, {abs(here - theirs)} steps {'behind' if theirs <= here else 'ahead'}"
