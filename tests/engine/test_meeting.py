@@ -11,6 +11,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
@@ -26,6 +27,7 @@ from torch import Tensor
 from engine import checkpoint
 from engine.collectives import Launch
 from engine.config import RunConfig
+from engine.config_file import dump
 from engine.meeting import LATE, Meeting
 from engine.placement import plan
 from engine.tracking import read_metrics
@@ -425,3 +427,40 @@ def test_a_job_is_evaluated_exported_and_reported_as_a_run_of_one_peer(tiny: Pat
         ["small/a", "codistillation", "a"],
         ["small/a", "codistillation", "ensemble"],
     ]
+
+
+@pytest.mark.slow
+def test_two_jobs_under_torchrun(tiny: Path, tmp_path: Path) -> None:
+    """As a user starts them: peer a on two ranks, peer b on one, at the same time."""
+    config = a_job(tiny, tmp_path, "a", train={"epochs": 20}, device="cpu")
+    (tmp_path / "jobs.yaml").write_text(dump(config))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--rdzv-backend=c10d"]
+    jobs = [
+        subprocess.Popen(
+            [
+                *(*torchrun, "--rdzv-endpoint=127.0.0.1:0", f"--nproc-per-node={ranks}"),
+                *("launch/train.py", str(tmp_path / "jobs.yaml"), f"placement.peer={name}"),
+            ],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, ranks in (("a", 2), ("b", 1))
+    ]
+    try:
+        for job in jobs:
+            out, err = job.communicate(timeout=120)
+            assert job.returncode == 0, err
+            assert "curves.png" in out
+    finally:
+        for job in jobs:
+            job.kill()
+    taken = []
+    for name in "ab":
+        folder = tmp_path / "run" / name
+        assert last_step(folder) == 100
+        shared = checkpoint.read_state(checkpoint.folder_of(folder, 100), "shared.pt")["modules"]
+        taken.append(shared["method._extra_state"].tolist())
+    assert [True, True] in taken, "who ends last has found the other's weights at its last step"
