@@ -162,7 +162,7 @@ class Saver:
             manifest = Manifest(
                 **vars(standing),
                 method=cohort.config.method.name,
-                peers=[name for name, _ in cohort.config.cohort],
+                peers=[name for name, _ in cohort.config.trained],
                 num_classes=cohort.num_classes,
                 channels=cohort.channels,
                 scaler=cohort.scaler.state_dict(),
@@ -484,7 +484,7 @@ def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:
 
 
 def _load(folder: Path, manifest: Manifest, cohort: Cohort) -> None:
-    names = [name for name, _ in cohort.config.cohort]
+    names = [name for name, _ in cohort.config.trained]
     if manifest.peers != names:
         raise CheckpointError(f"{folder}: of the peers {', '.join(manifest.peers)}; expected {', '.join(names)}")
     if manifest.method != cohort.config.method.name:

@@ -23,6 +23,7 @@ from data_pipelines import Batch, Pipeline
 from engine.config import ConfigError, RunConfig
 from engine.exchange import Exchange
 from engine.gradients import scale_gradient
+from engine.meeting import Meeting
 from engine.optim import make_optimizer, make_schedule, set_weight_decay
 from engine.placement import Placement
 from engine.randomness import before_forward, initialisation
@@ -116,6 +117,9 @@ class Cohort:
         outlines = [self._outline(index) for index in range(placement.num_peers)]
         with initialisation(config.seed, placement.num_peers):
             self.method = self._placed(method(config.method, [outline.info for outline in outlines]))
+        self.meeting = None
+        if placement.only is not None:
+            self.meeting = Meeting(config, placement, self.method.shown_apart(), device)
         self.trunk = self._shared_trunk(outlines[0])
         self._trunk_maps: dict[int, Tensor] = {}
         self.shared = nn.ModuleDict({"method": self.method} | ({"trunk": self.trunk} if self.trunk else {}))
@@ -167,34 +171,9 @@ class Cohort:
         except ValueError as error:
             raise ConfigError(f"method.name = {self.method.name}: {error}") from None
 
-    def _outline(self, index: int) -> _Outline:
-        """What a method wants to know of a peer, found without memory for its weights, wherever the peer lives."""
-        peer, options, method = self.config.cohort[index][1], self.config.method, METHODS[self.config.method.name]
-        info = PeerInfo(
-            index, self.num_classes, 0, (), self._auxiliary(index), heads.Projection, partial(self._copy, index)
-        )
-        shows_more = set(method.signals) - {"logits", "teacher"}
-        looks_inside = method.head is not Method.head or looks_at_stages(method, options) or shows_more
-        if not looks_inside:
-            return _Outline(info, {}, {}, None)
-        with weightless(peer.network):
-            network = models.create(peer.network, self.num_classes, self.channels, **peer.options)
-        classifier, width = models.pooled_features(network)
-        found: list[Stage] = []
-        if looks_at_stages(method, options):
-            found = stages(network, self.channels, self.image_size)
-        taps = {f"stage{j}": found[j - 1].module for j in method.taps(options, len(found))}
-        trunk = method.trunk(options, len(found))
-        return _Outline(
-            replace(info, num_features=width, stages=tuple((stage.channels, stage.side) for stage in found)),
-            taps,
-            {"features": classifier},
-            None if trunk is None else found[trunk - 1].module,
-        )
-
-    def _auxiliary(self, index: int) -> Callable[[int, str], nn.Module]:
-        peer = self.config.cohort[index][1]
-        return partial(heads.auxiliary, peer.network, peer.options, self.num_classes, self.channels, self.image_size)
+    def _outline(self, index: int) -> Outline:
+        copy = partial(self._copy, index)
+        return outline(self.config, index, self.num_classes, self.channels, self.image_size, copy)
 
     def _network(self, index: int, pretrained: bool | str = False) -> nn.Module:
         peer = self.config.cohort[index][1]
@@ -217,7 +196,7 @@ class Cohort:
         memory_format = torch.channels_last if self.config.precision.channels_last else torch.contiguous_format
         return module.to(self.device, memory_format=memory_format)  # type: ignore[call-overload]
 
-    def _shared_trunk(self, outline: _Outline) -> nn.Module | None:
+    def _shared_trunk(self, outline: Outline) -> nn.Module | None:
         if outline.trunk is None:
             return None
         trunk, _ = cut(self._network(0, self.config.cohort[0][1].pretrained), outline.trunk)
@@ -227,7 +206,7 @@ class Cohort:
             trunk.compile()
         return trunk
 
-    def _resident(self, index: int, outline: _Outline) -> Resident:
+    def _resident(self, index: int, outline: Outline) -> Resident:
         with initialisation(self.config.seed, self.placement.num_peers + 1 + index):
             head = self.method.head(outline.info)
         if head is not None and self.placement.replica and self.method.kept_apart(head):
@@ -451,6 +430,12 @@ class Cohort:
         for buffers, before in zip(self._remembered, self._before, strict=True):
             _fill(buffers, torch.where(skip > 0, before, _flat(buffers)))
 
+    def exchange_after(self, step: int) -> Callable[..., Sequence[Signals]]:
+        """What a method exchanges by after update number `step`."""
+        if self.meeting is not None:
+            return partial(self.meeting, step=step + 1)
+        return partial(self.exchange, wire=torch.float32)
+
     def update_averages(self, step: int) -> None:
         """Moves the residents' averages and teachers, after update number `step`."""
         for resident in self.residents.values():
@@ -487,13 +472,57 @@ class Cohort:
 
 
 @dataclass(frozen=True)
-class _Outline:
+class Outline:
     """Of one peer: what the method may know, and the submodules to tap and to cut after."""
 
     info: PeerInfo
     taps: Mapping[str, str]
     inputs: Mapping[str, str]
     trunk: str | None
+
+
+def outline(
+    config: RunConfig,
+    index: int,
+    num_classes: int,
+    channels: int,
+    image_size: int,
+    network: Callable[[], nn.Module],
+) -> Outline:
+    """What a method wants to know of a peer, found without memory for its weights, wherever the peer lives.
+
+    Args:
+        config: of the run.
+        index: of the peer.
+        num_classes: of the data, whose images have `channels` and are `image_size` pixels wide.
+        network: builds the peer's network once more.
+
+    Raises:
+        ValueError: the network has no stages, or not those that the method wants.
+    """
+    peer, options, method = config.cohort[index][1], config.method, METHODS[config.method.name]
+    auxiliary = partial(heads.auxiliary, peer.network, peer.options, num_classes, channels, image_size)
+    info = PeerInfo(index, num_classes, 0, (), auxiliary, heads.Projection, network)
+    shows_more = set(method.signals) - {"logits", "teacher"}
+    looks_inside = method.head is not Method.head or looks_at_stages(method, options) or shows_more
+    if not looks_inside:
+        return Outline(info, {}, {}, None)
+    with weightless(peer.network):
+        whole = models.create(peer.network, num_classes, channels, **peer.options)
+    classifier, width = models.pooled_features(whole)
+    found: list[Stage] = []
+    if looks_at_stages(method, options):
+        found = stages(whole, channels, image_size)
+    taps = {f"stage{j}": found[j - 1].module for j in method.taps(options, len(found))}
+    trunk = method.trunk(options, len(found))
+    if trunk is not None and trunk >= len(found):
+        raise ValueError(f"the peers would share {trunk} stages of {len(found)}, and have none of their own")
+    return Outline(
+        replace(info, num_features=width, stages=tuple((stage.channels, stage.side) for stage in found)),
+        taps,
+        {"features": classifier},
+        None if trunk is None else found[trunk - 1].module,
+    )
 
 
 def looks_at_stages(method: type[Method], options: MethodOptions) -> bool:

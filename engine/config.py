@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import operator
 import re
@@ -117,13 +118,17 @@ class PrecisionConfig(_Section):
 class PlacementConfig(_Section):
     """Which rank computes which peer."""
 
-    kind: Literal["auto", "colocated", "spread", "hybrid"] = Field(
+    kind: Literal["auto", "colocated", "spread", "hybrid", "jobs"] = Field(
         "auto",
         description="colocated: all peers on every rank; spread: one peer a rank; hybrid: peers_per_rank on each; "
-        "auto: as few a rank as the number of ranks allows",
+        "auto: as few a rank as the number of ranks allows; jobs: one peer in each of K jobs, which meet in a folder",
     )
     peers_per_rank: int | None = Field(None, ge=1, description="hybrid: peers on each rank, a divisor of their number")
     exchange_dtype: Literal["float32", "bf16"] = Field("float32", description="number format of signals under way")
+    meeting: Path | None = Field(
+        None, strict=False, description="jobs: the folder, seen by all of them, where peers leave their weights"
+    )
+    peer: str | None = Field(None, description="jobs: the name of the peer that this job trains")
 
     @model_validator(mode="after")
     def _peers_per_rank_belongs_to_hybrid(self) -> PlacementConfig:
@@ -132,6 +137,17 @@ class PlacementConfig(_Section):
                 f"peers_per_rank = {self.peers_per_rank}: kind = hybrid needs a number of peers, other kinds have "
                 f"none; found kind = {self.kind}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _meeting_belongs_to_jobs(self) -> PlacementConfig:
+        if (self.kind == "jobs") != (self.meeting is not None):
+            raise ValueError(
+                f"meeting = {self.meeting and str(self.meeting)!r}: kind = jobs needs a folder where peers meet, other "
+                f"kinds have none; found kind = {self.kind}"
+            )
+        if self.peer is not None and self.kind != "jobs":
+            raise ValueError(f"peer = {self.peer!r}: only a job of kind = jobs has one; found kind = {self.kind}")
         return self
 
 
@@ -206,7 +222,9 @@ class RunConfig(_Section):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run's name")
-    dir: Path | None = Field(None, strict=False, description="the run's folder; null: runs/NAME")
+    dir: Path | None = Field(
+        None, strict=False, description="the run's folder; null: runs/NAME; the folder PEER in it where peers are jobs"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, data order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     method: AnyMethod
@@ -225,8 +243,13 @@ class RunConfig(_Section):
 
     @property
     def folder(self) -> Path:
-        """Where the run lives."""
-        return self.dir.expanduser() if self.dir else Path("runs") / self.name
+        """Where the run lives; where peers are jobs, where this one does."""
+        return (self.dir.expanduser() if self.dir else Path("runs") / self.name) / (self.placement.peer or "")
+
+    @property
+    def title(self) -> str:
+        """The run's name; where peers are jobs, with that of this one's peer."""
+        return f"{self.name}/{self.placement.peer}" if self.placement.peer else self.name
 
     @property
     def deployed(self) -> str:
@@ -244,6 +267,11 @@ class RunConfig(_Section):
             (base if bases.count(base) == 1 else f"{base}-{bases[:i].count(base)}", peer)
             for i, (base, peer) in enumerate(wanted)
         ]
+
+    @property
+    def trained(self) -> list[tuple[str, PeerConfig]]:
+        """Those of the cohort that this run trains: all, or one where peers are jobs of their own."""
+        return [(name, peer) for name, peer in self.cohort if self.placement.peer in (None, name)]
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
@@ -274,6 +302,18 @@ class RunConfig(_Section):
             METHODS[self.method.name].check(self.method, len(names))
         except ValueError as error:
             raise ValueError(f"method.name = {self.method.name}: {error}") from None
+        if self.placement.kind == "jobs" and not METHODS[self.method.name].meets():
+            able = [name for name, method in METHODS.items() if method.meets()]
+            raise ValueError(
+                f"placement.kind = jobs: the peers of {self.method.name} cannot train apart from each other; expected "
+                f"another kind, or method.name = {' or '.join(able)}"
+            )
+        if self.placement.peer is not None and self.placement.peer not in names:
+            near = difflib.get_close_matches(self.placement.peer, names, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"placement.peer = {self.placement.peer!r}: expected one of the peers {', '.join(names)}{hint}"
+            )
         if METHODS[self.method.name].one_view and self.data.views != "shared":
             raise ValueError(
                 f"data.views = {self.data.views}: {self.method.name} needs one augmentation for all peers; "

@@ -55,13 +55,13 @@ def evaluate(
     device: torch.device,
     autocast: torch.dtype | None = None,
 ) -> Scores:
-    """Scores the cohort; every rank calls it with its residents' networks and gets the same result.
+    """Scores the peers of this job; every rank calls it with its residents' networks and gets the same result.
 
     Raises:
         RuntimeError: the images counted are not the validation split, each once.
     """
-    num_peers, pairs = placement.num_peers, list(itertools.combinations(range(placement.num_peers), 2))
-    # Row k: peer k; last row: the ensemble. Columns: right, right among five.
+    num_peers, pairs = len(placement.peers), list(itertools.combinations(range(len(placement.peers)), 2))
+    # A row for each peer; last row: the ensemble. Columns: right, right among five.
     right = torch.zeros(num_peers + 1, 2, dtype=torch.int64, device=device)
     # Sums over images: loss, |p|^2 and p of each row of `right`; |z - z'|^2 of all pairs and |z|^2 of all peers.
     classes = pipeline.num_classes
@@ -77,11 +77,13 @@ def evaluate(
         for rows in pipeline.evaluate(placement.replica, placement.replicas, batch):
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
-            logits = torch.stack([signals["logits"] for signals in exchange(own)])
+            signals = exchange(own)
+            logits = torch.stack([signals[k]["logits"] for k in placement.peers])
             probabilities = F.softmax(logits, dim=-1)
             ensemble = probabilities.mean(0).clamp_min(torch.finfo(torch.float32).tiny).log()
-            for k in networks:
-                _count(logits[k], rows.targets, right[k], loss[k])
+            for row, k in enumerate(placement.peers):
+                if k in networks:
+                    _count(logits[row], rows.targets, right[row], loss[row])
             if placement.group == 0:
                 _count(ensemble, rows.targets, right[-1], loss[-1])
                 named = logits.argmax(-1)
@@ -128,7 +130,7 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
         `val/PEER/top1` and so on, and the same with `ema/`; `ensemble` stands beside the peers. The keys of
         `metrics.jsonl`.
     """
-    names = [name for name, _ in cohort.config.cohort]
+    names = [name for name, _ in cohort.config.trained]
     values: dict[str, float] = {}
     averaged = any(resident.ema is not None for resident in cohort.residents.values())
     for prefix in ("val", "ema") if averaged else ("val",):

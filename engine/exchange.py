@@ -47,6 +47,7 @@ class Exchange:
 
         Returns:
             The signals of all K peers in order, in float32: the residents' own tensors, live, and the others' copies.
+            Those of peers that live in other jobs are empty.
         """
         placement = self._placement
         own = {k: {name: x.float() for name, x in signals.items()} for k, signals in own.items()}

@@ -16,17 +16,25 @@ class Placement:
     The K peers are dealt to the groups in order, `peers_per_rank` to each. The ranks of a group hold the same peers and
     average their gradients (the replica group); they are contiguous, so that a group fills whole nodes. Ranks with the
     same `replica` see the same rows and exchange signals.
+
+    Where peers are jobs of their own, this is a place in one of them: all its ranks are one group, of the peer `only`.
     """
 
     num_peers: int
     peers_per_rank: int
     world: int
     rank: int
+    only: int | None = None
+
+    @property
+    def peers(self) -> range:
+        """The peers that live in this job: all K, or one."""
+        return range(self.num_peers) if self.only is None else range(self.only, self.only + 1)
 
     @property
     def groups(self) -> int:
         """P, the number of groups of peers."""
-        return self.num_peers // self.peers_per_rank
+        return len(self.peers) // self.peers_per_rank
 
     @property
     def replicas(self) -> int:
@@ -46,11 +54,13 @@ class Placement:
     @property
     def residents(self) -> range:
         """The peers that live on this rank."""
-        return range(self.group * self.peers_per_rank, (self.group + 1) * self.peers_per_rank)
+        return self.peers[self.group * self.peers_per_rank : (self.group + 1) * self.peers_per_rank]
 
     @property
     def kind(self) -> str:
-        """colocated, spread or hybrid."""
+        """colocated, spread, hybrid or jobs."""
+        if self.only is not None:
+            return "jobs"
         if self.groups == 1:
             return "colocated"
         return "spread" if self.peers_per_rank == 1 else "hybrid"
@@ -68,6 +78,8 @@ class Placement:
         peers = (
             f"{self.peers_per_rank} of {self.num_peers} peers a rank" if self.groups > 1 else "all peers on every rank"
         )
+        if self.only is not None:
+            peers = f"one of {self.num_peers} peers in this one"
         return f"{self.kind}: {peers}, {self.replicas} rank{'s' * (self.replicas > 1)} a peer, {self.world} in all"
 
 
@@ -75,12 +87,22 @@ def plan(config: RunConfig, world: int, rank: int) -> Placement:
     """Chooses the placement that the config asks for on `world` ranks.
 
     Raises:
-        ConfigError: where peers cannot be dealt to the ranks, or the global batch to the replicas.
+        ConfigError: where peers cannot be dealt to the ranks, or the global batch to the replicas, or a job of one peer
+            has not been told which.
     """
     num_peers, wanted = len(config.cohort), config.placement
     divisors = [m for m in range(1, num_peers + 1) if num_peers % m == 0]
     fitting = [m for m in divisors if world % (num_peers // m) == 0]
-    if wanted.kind == "auto":
+    only = None
+    if wanted.kind == "jobs":
+        names = [name for name, _ in config.cohort]
+        if wanted.peer is None:
+            raise ConfigError(
+                "placement.peer: missing; with placement.kind = jobs each job is told which peer it trains: one of "
+                f"{', '.join(names)}, such as placement.peer={names[0]}"
+            )
+        only, peers_per_rank, fitting = names.index(wanted.peer), 1, [1]
+    elif wanted.kind == "auto":
         peers_per_rank = fitting[0]
     elif wanted.kind == "colocated":
         peers_per_rank = num_peers
@@ -99,7 +121,7 @@ def plan(config: RunConfig, world: int, rank: int) -> Placement:
             f"placement.kind = {wanted.kind}: {num_peers} peers, {peers_per_rank} a rank, need a multiple of {groups} "
             f"ranks, found {world}; nearest: {_nearest_multiples(world, groups)}, or placement.kind = auto"
         )
-    placement = Placement(num_peers, peers_per_rank, world, rank)
+    placement = Placement(num_peers, peers_per_rank, world, rank, only)
     parts = placement.replicas * config.train.accumulation * config.data.tuple_size
     batch = config.data.global_batch
     if batch % parts:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -11,31 +14,16 @@ import data_pipelines
 import models
 from data_pipelines import DataConfig
 from engine import checkpoint, rollback
-from engine.cohort import looks_at_stages
+from engine.cohort import looks_at_stages, outline
 from engine.collectives import Launch, choose_device
-from engine.config import ConfigError, RunConfig
+from engine.config import ConfigError, PeerConfig, RunConfig
 from engine.config_file import load
+from engine.identity import differences, identity
+from engine.meeting import foreign, path_of
 from engine.optim import check_optimizer
 from engine.placement import Placement, plan
-from losses import METHODS
-from models.stages import stages
+from losses import METHODS, PeerInfo
 from models.weightless import weightless
-
-NUMBERS_DO_NOT_DEPEND_ON = {
-    "name": None,
-    "dir": None,
-    "device": None,
-    "placement": {"kind", "peers_per_rank"},
-    "evaluation": None,
-    "checkpoint": None,
-    "log": None,
-    "health": None,
-    "report": None,
-    "data": {"root", "threads", "decoder"},
-    "precision": {"compile", "channels_last", "tf32"},
-    "train": {"epochs", "max_skipped", "timeout"},
-}
-"""What may change between two starts of a run; null stands for a whole section."""
 
 
 def check(config: RunConfig, launch: Launch, *, fresh: bool = False, device: torch.device | None = None) -> Placement:
@@ -59,32 +47,42 @@ def check(config: RunConfig, launch: Launch, *, fresh: bool = False, device: tor
     placement = plan(config, launch.world, launch.rank)
     check_data(config)
     _check_stages(config)
-    _check_folder(config)
+    _check_folder("dir", config.folder, "the run's folder")
+    if config.placement.meeting is not None:
+        _check_folder("placement.meeting", config.placement.meeting.expanduser(), "the folder where peers meet")
     if not fresh:
         _check_same_run(config)
         rollback.read(config.folder)
+        _check_same_meeting(config)
     return placement
 
 
 def _check_stages(config: RunConfig) -> None:
-    """Methods that look at feature maps need networks that have as many as they want."""
-    method, options = METHODS[config.method.name], config.method
+    """Methods that look at feature maps need networks that have those, and that their heads can go on from."""
+    method, options, data = METHODS[config.method.name], config.method, config.data
     if not looks_at_stages(method, options):
         return
-    for peer in {(p.network, repr(p.options)): p for p in config.peers}.values():
-        with weightless(peer.network):
-            network = models.create(peer.network, 2, config.data.channels, **peer.options)
-        try:
-            found = len(stages(network, config.data.channels, config.data.side))
-            method.taps(options, found)
-            trunk = method.trunk(options, found)
-            if trunk is not None and trunk >= found:
-                raise ValueError(f"the peers would share {trunk} stages of {found}, and have none of their own")
-        except ValueError as error:
-            raise ConfigError(
-                f"method.name = {method.name}: cannot train {peer.network} on images of {config.data.side} pixels: "
-                f"{error}"
-            ) from None
+    infos: list[PeerInfo] = []
+    for index, (_, peer) in enumerate(config.cohort):
+        with _refusal(config, peer):
+            network = partial(models.create, peer.network, 2, data.channels, **peer.options)
+            infos.append(outline(config, index, 2, data.channels, data.side, network).info)
+    with weightless(""):
+        built = method(options, infos)
+    for info, (_, peer) in zip(infos, config.cohort, strict=True):
+        with _refusal(config, peer), weightless(peer.network):
+            built.head(info)
+
+
+@contextmanager
+def _refusal(config: RunConfig, peer: PeerConfig) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(
+            f"method.name = {config.method.name}: cannot train {peer.network} on images of {config.data.side} pixels: "
+            f"{error}"
+        ) from None
 
 
 def check_data(config: RunConfig) -> None:
@@ -96,38 +94,30 @@ def check_data(config: RunConfig) -> None:
         raise ConfigError(f"data{'.' if word in DataConfig.model_fields else ': '}{error}") from None
 
 
-def _check_folder(config: RunConfig) -> None:
-    there = next(path for path in (config.folder, *config.folder.absolute().parents) if path.exists())
+def _check_folder(key: str, folder: Path, wanted: str) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "is not a folder" if not there.is_dir() else "may not be written to"
-        raise ConfigError(f"dir = {str(config.folder)!r}: {there} {what}; expected a place for the run's folder")
+        raise ConfigError(f"{key} = {str(folder)!r}: {there} {what}; expected a place for {wanted}")
 
 
 def _check_same_run(config: RunConfig) -> None:
     path = config.folder / "config.yaml"
     if not path.exists() or not checkpoint.steps_on_disk(config.folder):
         return
-    for key, (before, now) in _differences(_identity(load(path)), _identity(config)).items():
+    for key, (before, now) in differences(identity(load(path)), identity(config)).items():
         raise ConfigError(
             f"{key} = {now!r}: the run in {config.folder} was started with {before!r}; give this one another name= or "
             "dir=, or start over with --fresh, which moves that folder aside"
         )
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
-    raw = config.model_dump(mode="json")
-    for section, keys in NUMBERS_DO_NOT_DEPEND_ON.items():
-        if keys is None:
-            raw.pop(section)
-        else:
-            raw[section] = {key: value for key, value in raw[section].items() if key not in keys}
-    return raw
-
-
-def _differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for name in {**before, **now}:
-            found |= _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-        return found
-    return {} if before == now else {key: (before, now)}
+def _check_same_meeting(config: RunConfig) -> None:
+    """Two runs that meet in one folder would take each other's places."""
+    name = config.placement.peer
+    if name is not None and (found := foreign(config, name)):
+        key, before = found
+        raise ConfigError(
+            f"placement.meeting = {str(config.placement.meeting)!r}: {path_of(config, name)} is of a run with {key} = "
+            f"{before!r}; give this one another folder, or start over with --fresh, which replaces that file"
+        )

@@ -23,7 +23,7 @@ def table(runs: Sequence[Path]) -> str:
     notes = []
     for run in runs:
         lines, config = evaluations(run), load(run / "config.yaml")
-        names = [name for name, _ in config.cohort]
+        names = [name for name, _ in config.trained]
         for prefix in ("val", "ema"):
             for name in (*names, "ensemble"):
                 key = f"{prefix}/{name}"
@@ -36,7 +36,7 @@ def table(runs: Sequence[Path]) -> str:
                 loss = "-" if lines[-1][f"{key}/loss"] is None else f"{lines[-1][f'{key}/loss']:.3f}"
                 rows.append(
                     (
-                        config.name,
+                        config.title,
                         config.method.name,
                         shown,
                         *last,
@@ -46,11 +46,11 @@ def table(runs: Sequence[Path]) -> str:
                     )
                 )
         if len(names) > 1:
-            notes.append(f"{config.name}: deployed: {deployed(config, lines[-1])}")
+            notes.append(f"{config.title}: deployed: {deployed(config, lines[-1])}")
             mean = sum(lines[-1][f"val/{name}/top1"] for name in names) / len(names)
             disagreement = lines[-1]["val/disagreement"]
             notes.append(
-                f"{config.name}: the peers' mean top-1 is {mean:.2f} %; two peers disagree on {disagreement:.2f} %"
+                f"{config.title}: the peers' mean top-1 is {mean:.2f} %; two peers disagree on {disagreement:.2f} %"
             )
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines_out = [
@@ -63,7 +63,7 @@ def table(runs: Sequence[Path]) -> str:
 
 def deployed(config: RunConfig, scores: dict[str, Any]) -> str:
     """Whose accuracy stands for the run (`report.deployed`), and what it is at an evaluation."""
-    names = [name for name, _ in config.cohort]
+    names = [name for name, _ in config.trained]
     top1 = {name: scores[f"val/{name}/top1"] for name in names}
     if config.deployed == "mean":
         return f"the mean of the peers, top-1 {sum(top1.values()) / len(names):.2f} %"
@@ -96,18 +96,19 @@ def curves(runs: Sequence[Path], path: Path) -> None:
     for index, run in enumerate(runs):
         scored, config = evaluations(run), load(run / "config.yaml")
         trained = [line for line in read_metrics(run) if "lr" in line]
-        names = [name for name, _ in config.cohort]
+        names = [name for name, _ in config.trained]
         colour = colours[index % len(colours)]
         for k, name in enumerate((*names, "ensemble")):
+            label = f"{config.title}: {name}"
             look: dict[str, Any] = {"color": colour, "linestyle": styles[k % len(styles)]}
             if name == "ensemble":
                 look |= {"linestyle": "-", "linewidth": 2.5, "alpha": 0.45}
             epochs = [line["epoch"] for line in scored]
-            accuracy.plot(epochs, [line[f"val/{name}/top1"] for line in scored], label=f"{config.name}: {name}", **look)
+            accuracy.plot(epochs, [line[f"val/{name}/top1"] for line in scored], label=label, **look)
             if name != "ensemble":
                 key = f"train/{name}/ce"
                 points = [(line["epoch"], line[key]) for line in trained if line.get(key) is not None]
-                loss.plot([x for x, _ in points], [y for _, y in points], label=f"{config.name}: {name}", **look)
+                loss.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
     accuracy.set(xlabel="epoch", ylabel="top-1 %", title="validation accuracy")
     loss.set(xlabel="epoch", ylabel="cross-entropy", title="training loss")
     for axes in (accuracy, loss):

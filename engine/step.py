@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -68,7 +67,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
     cohort.method.after_step(
         AfterStep(
             residents={k: r.peer for k, r in cohort.residents.items()},
-            exchange=partial(cohort.exchange, wire=torch.float32),
+            exchange=cohort.exchange_after(progress.step),
             average_buffers=cohort.average_buffers,
             everywhere=everywhere,
             skipped=skipped,

@@ -99,7 +99,7 @@ class Tracker:
         self._bar = tqdm(
             total=steps,
             initial=step,
-            desc=config.name,
+            desc=config.title,
             unit="step",
             disable=not config.log.progress,
             dynamic_ncols=True,
@@ -192,7 +192,7 @@ def _start_wandb(config: RunConfig, step: int) -> Any:
 
         run = wandb.init(
             project=config.log.wandb_project,
-            name=config.name,
+            name=config.title,
             id=id_file.read_text(encoding="utf-8").strip(),
             dir=str(config.folder),
             mode=config.log.wandb,

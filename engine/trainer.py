@@ -188,13 +188,15 @@ class _Run:
             self.step, self.best = manifest.step, manifest.best
             self.meter.in_a_row = manifest.in_a_row
             self.losses = LossWatch(self.config.health, manifest.recent)
+        elif self.cohort.meeting is not None:
+            self.cohort.meeting.start_over()
         if first:
             record_start(self.config, self.placement.world)
             write_json(self.config.folder / "classes.json", self.pipeline.class_names)
             self.tracker = Tracker(self.config, self.step, self.steps)
             for message in found[1]:
                 self.tracker.say(f"not used: {message}")
-            self.tracker.say(f"{self.config.name}: {self.config.method.name}, {self.placement}; {self.config.folder}")
+            self.tracker.say(f"{self.config.title}: {self.config.method.name}, {self.placement}; {self.config.folder}")
             if self.step:
                 state = "complete" if self.step >= self.steps else "going on"
                 self.tracker.say(f"{state} at step {self.step} of {self.steps}, from its checkpoint")
@@ -321,7 +323,7 @@ class _Run:
                     **{f"speed/{part}_ms": 1000 * total / steps for part, total in parts.items()},
                 },
             )
-            loss = sum(value for (_, term), value in means.items() if term != "grad_norm") / len(names)
+            loss = sum(value for (_, term), value in means.items() if term != "grad_norm") / len(self.placement.peers)
             self.tracker.progress(self.step, loss=f"{loss:.3f}", images=f"{images_per_second:.0f}/s")
             if reading.skipped:
                 self.tracker.say(
@@ -376,7 +378,7 @@ class _Run:
     def _evaluate(self) -> float:
         """Scores the cohort, and its averages where there are some. Returns the mean top-1 of the peers."""
         values = evaluate_cohort(self.cohort, self.pipeline)
-        found = collapsed(values, [name for name, _ in self.config.cohort])
+        found = collapsed(values, [name for name, _ in self.config.trained])
         if self.tracker:
             health = {f"health/{name}/collapsed": CODES[collapse] for name, collapse in found.items()}
             self.tracker.write(self.step, {"epoch": self.step / self.steps_per_epoch, **values, **health})
@@ -387,5 +389,5 @@ class _Run:
             )
             self.tracker.say(f"epoch {self.step // self.steps_per_epoch}: top-1 % {shown}")
         self._tell(found, ("all images alike", "another's twin"))
-        peers = [values[f"val/{name}/top1"] for name, _ in self.config.cohort]
+        peers = [values[f"val/{name}/top1"] for name, _ in self.config.trained]
         return sum(peers) / len(peers)

@@ -36,7 +36,7 @@ def main() -> None:
     options = arguments.parse_args()
     with user_errors(Launch.from_environment()):
         config, manifest = open_run(options.run, options.checkpoint)
-        cohort = dict(config.cohort)
+        cohort = dict(config.trained)
         if options.peer and options.peer not in cohort:
             near = difflib.get_close_matches(options.peer, cohort, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

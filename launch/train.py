@@ -2,6 +2,7 @@
 
 Alone:                python launch/train.py configs/fashion_mnist/dml_resnet32.yaml
 On 8 GPUs:            torchrun --nproc-per-node=8 launch/train.py configs/imagenet/dml_resnet50.yaml
+One peer of several:  ... placement.peer=NAME, each in a job of its own, where placement.kind is jobs
 With other values:    ... train.epochs=10 optimizer.lr=0.05 peers.0.network=cifar_resnet32_b
 
 The run's folder (runs/NAME, or dir=...) holds the resolved config, metrics.jsonl, checkpoints, a table and curves.png.
@@ -81,7 +82,7 @@ def main() -> None:
                 device = torch.device("cpu" if config.device == "cpu" else "cuda")
             placement = check(config, launch, fresh=fresh, device=device)
             if launch.rank == 0:
-                print(f"{config.name}: {config.method.name}; {placement}")
+                print(f"{config.title}: {config.method.name}; {placement}")
             return
         if options.preempted and launch.rank == 0:
             options.preempted.unlink(missing_ok=True)

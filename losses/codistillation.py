@@ -34,13 +34,13 @@ class CodistillationOptions(MethodOptions):
 class Codistillation(Method):
     r"""Every peer matches the class probabilities of stale copies of the others, which are computed where it lives.
 
-    With peer k's logits z_k [N, C], p_k = softmax(z_k), and \hat{p}_j the probabilities that a copy of peer j, at most
-    `interval` steps old, gives for the images that peer k sees,
+    With peer k's logits z_k [N, C], p_k = softmax(z_k), \hat{p}_j the probabilities that a copy of peer j gives for the
+    images that peer k sees, and O_k the peers j != k of which there is a copy where k lives,
 
-        L_k = CE(z_k, y) + \lambda KL(1/(K-1) \sum_{j != k} \hat{p}_j || p_k)
+        L_k = CE(z_k, y) + \lambda KL(1/|O_k| \sum_{j in O_k} \hat{p}_j || p_k)
 
-    where CE and KL are means over rows. Copies are taken after step `burn_in`, or after step `interval` where that is
-    0, and every `interval` steps from there on; before the first the KL term is 0.
+    where CE and KL are means over rows; with no copy, O_k = {}, the KL term is 0. Copies are taken after step
+    `burn_in`, or after step `interval` where that is 0, and every `interval` steps from there on.
 
     Copies are in evaluation mode: they use the running statistics of BatchNorm, which are exchanged with the weights
     (the mean over all replicas of a peer), and no dropout. A copy's answer then depends on the image alone, not on the
@@ -55,9 +55,11 @@ class Codistillation(Method):
     for all together). While weights are under way, a rank also holds those of all K peers in one buffer. All peers see
     the same data here; the paper lets them see parts of their own.
 
-    The exchange is a collective of the one gang that trains: a peer that is late is waited for, and one that is gone
-    ends the gang, to go on from its checkpoint. (In the paper, peers are jobs of their own that read each other's
-    checkpoints, and do not wait.)
+    Peers of one gang exchange by a collective: from the first exchange on all copies are there, at most `interval`
+    steps old. A peer that is late is waited for, and one that is gone ends the gang, to go on from its checkpoint.
+    Peers that are jobs of their own (`placement.kind: jobs`), as in the paper, leave their weights in a folder and take
+    those that lie there, of whatever step: nobody waits, and of a peer that is late or gone the last copy stays in use.
+    A job writes one file, and reads those of K - 1 others, where the gang has its collective.
     """
 
     name = "codistillation"
@@ -71,7 +73,15 @@ class Codistillation(Method):
         # Of all peers on every rank: then they are saved once, and a run goes on in any placement.
         self.copies = nn.ModuleList([peer.network() for peer in peers])
         self.copies.requires_grad_(False).eval()
+        self._taken = [False] * len(peers)
         self._first = options.burn_in or options.interval
+
+    def get_extra_state(self) -> Tensor:
+        """Which copies are copies of a peer, and not yet random: bool [K]. Not a buffer, as the host asks each step."""
+        return torch.tensor(self._taken)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._taken = state.tolist()
 
     @classmethod
     def check(cls, options: CodistillationOptions, num_peers: int) -> None:
@@ -80,16 +90,15 @@ class Codistillation(Method):
 
     def look(self, images: Mapping[int, Tensor], progress: Progress) -> Mapping[int, Signals]:
         """`stale` [N, C]: the mean of the probabilities that the copies of the other peers give."""
-        if progress.step < self._first:
-            return {}
         answers: dict[tuple[int, int], Tensor] = {}
         seen: dict[int, Signals] = {}
         for k, own in images.items():
-            for j, copy in enumerate(self.copies):
-                if j != k and (j, id(own)) not in answers:
-                    answers[j, id(own)] = tempered_log_softmax(copy(own), 1.0).exp()
-            others = [answers[j, id(own)] for j in range(self.num_peers) if j != k]
-            seen[k] = {"stale": torch.stack(others).mean(0)}
+            others = [j for j in range(self.num_peers) if j != k and self._taken[j]]
+            for j in others:
+                if (j, id(own)) not in answers:
+                    answers[j, id(own)] = tempered_log_softmax(self.copies[j](own), 1.0).exp()
+            if others:
+                seen[k] = {"stale": torch.stack([answers[j, id(own)] for j in others]).mean(0)}
         return seen
 
     def forward(
@@ -116,8 +125,13 @@ class Codistillation(Method):
         # Rounded before they are sent, so that colocated peers take the same copies.
         own = {k: flat(_state(peer.get_submodule("network"))).to(wire).float() for k, peer in after.residents.items()}
         everyones = after.exchange({k: {"weights": row} for k, row in own.items()}, wire=wire)
-        for copy, peer in zip(self.copies, everyones, strict=True):
-            fill(_state(copy), peer["weights"])
+        for j, peer in enumerate(everyones):
+            if peer:
+                fill(_state(self.copies[j]), peer["weights"])
+                self._taken[j] = True
+
+    def shown_apart(self) -> Sequence[Mapping[str, tuple[int, ...]]]:
+        return [{"weights": (sum(x.numel() for x in _state(copy)),)} for copy in self.copies]
 
 
 def _state(network: nn.Module) -> list[Tensor]:

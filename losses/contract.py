@@ -106,6 +106,9 @@ class Exchange(Protocol):
     def __call__(self, own: Mapping[int, Signals], *, wire: torch.dtype = torch.float32) -> Sequence[Signals]:
         """Takes named tensors of each resident, gives those of all K peers in float32, by one all-gather.
 
+        Where peers are jobs of their own (`Method.shown_apart`) they leave their tensors in a folder and take those of
+        the others as they lie there: nobody waits, and a peer of which nothing new has come has no tensors, {}.
+
         Args:
             own: of any shapes. A resident's own tensors come back as they are, not rounded to the wire's format.
             wire: number format under way, whatever the one that signals travel in.
@@ -316,3 +319,16 @@ class Method(nn.Module, ABC):
 
     def after_step(self, after: AfterStep) -> None:
         """Acts after the optimiser step: parameter communication, moving-average teachers, an outer step."""
+
+    def shown_apart(self) -> Sequence[Mapping[str, tuple[int, ...]]]:
+        """The shapes, by name, of what each of the K peers shows the others in `after_step`.
+
+        Whoever has this lets peers be jobs of their own, which exchange nothing else (`exchange = "none"`) and must do
+        with what has come. What another job has left is used only if it is of these shapes.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def meets(cls) -> bool:
+        """Whether peers may be jobs of their own, see `shown_apart`."""
+        return cls.shown_apart is not Method.shown_apart

@@ -251,9 +251,17 @@ def test_describe_names_every_key() -> None:
 # -- placement --------------------------------------------------------------------------------------------------------
 
 
-def planned(world: int, peers: int = 2, batch: int = 24, parts: int = 1, **placement: Any) -> Any:
+def planned(
+    world: int,
+    peers: int = 2,
+    batch: int = 24,
+    parts: int = 1,
+    method: dict[str, Any] | None = None,
+    **placement: Any,
+) -> Any:
     config: RunConfig = validate(
         raw(
+            method=method or {"name": "dml"},
             peers=[{"network": "cifar_resnet8_b", "copies": peers}],
             data={"global_batch": batch},
             train={"accumulation": parts},
@@ -275,6 +283,17 @@ def test_auto_puts_as_few_peers_on_a_rank_as_the_ranks_allow(world: int, peers: 
 def test_every_peer_sees_every_row_once(world: int, peers: int) -> None:
     seen = [(k, row) for place in planned(world, peers) for k in place.residents for row in range(24)[place.rows(24)]]
     assert sorted(seen) == [(k, row) for k in range(peers) for row in range(24)]
+
+
+@pytest.mark.parametrize(("world", "peers"), [(1, 2), (2, 3), (4, 2)])
+def test_all_ranks_of_a_job_are_replicas_of_its_peer(world: int, peers: int) -> None:
+    for k in range(peers):
+        job: Any = {"kind": "jobs", "meeting": "/meeting", "peer": f"cifar_resnet8_b-{k}"}
+        places = planned(world, peers, method={"name": "codistillation"}, **job)
+        assert [list(place.residents) for place in places] == [[k]] * world
+        assert [list(place.peers) for place in places] == [[k]] * world
+        assert {(place.kind, place.groups, place.replicas, place.group) for place in places} == {("jobs", 1, world, 0)}
+        assert sorted(row for place in places for row in range(24)[place.rows(24)]) == list(range(24))
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,17 @@ def test_dcm_refuses_networks_without_stages_before_anything_is_started(tiny: Pa
     check(small_run(tiny, tmp_path, {"name": "dcm"}, UNLIKE), Launch(0, 0, 1))
 
 
+def test_dcm_refuses_networks_that_its_classifiers_cannot_go_on_from_before_anything_is_started(
+    tiny: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(small_run(tiny, tmp_path, {"name": "dcm"}, [UNLIKE[0], {"network": "cifar_wrn_10_2"}]), Launch(0, 0, 1))
+    assert str(error.value) == (
+        "method.name = dcm: cannot train cifar_wrn_10_2 on images of 28 pixels: DCM's classifier after stage 1 halves "
+        "the 1 block of stage 3; expected depth >= 16"
+    )
+
+
 @pytest.mark.parametrize("method", [{"name": "dml"}, DCL, STALE], ids=lambda m: m["name"])
 def test_methods_that_look_at_no_maps_train_networks_without_stages(method: dict[str, Any]) -> None:
     options = {"img_size": 16, "patch_size": 4, "depth": 1, "embed_dim": 12, "num_heads": 2}

@@ -44,6 +44,7 @@ GET_CIFAR = (
 )
 ADAMW = "amsgrad, betas, capturable, differentiable, eps, foreach, layer_decay, maximize"
 SGD = "dampening, differentiable, foreach, layer_decay, maximize, nesterov"
+MEETING = "kind = jobs needs a folder where peers meet, other kinds have none"
 KINDS = "kind = hybrid needs a number of peers, other kinds have none"
 
 OVERRIDES: dict[str, tuple[str, str]] = {
@@ -169,7 +170,19 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     ),
     "misspelt_placement": (
         "placement.kind=hybird",
-        "placement.kind = 'hybird': expected one of auto, colocated, spread, hybrid; did you mean 'hybrid'?",
+        "placement.kind = 'hybird': expected one of auto, colocated, spread, hybrid, jobs; did you mean 'hybrid'?",
+    ),
+    # Peers that are jobs of their own.
+    "jobs_of_a_method_that_exchanges_signals": (
+        "placement={kind: jobs, meeting: '{at}/meeting', peer: cifar_resnet8_b-0}",
+        "placement.kind = jobs: the peers of dml cannot train apart from each other; expected another kind, or "
+        "method.name = codistillation",
+    ),
+    "jobs_that_meet_nowhere": ("placement.kind=jobs", f"placement.meeting = None: {MEETING}; found kind = jobs"),
+    "a_meeting_of_no_jobs": ("placement.meeting=/m", f"placement.meeting = '/m': {MEETING}; found kind = auto"),
+    "a_peer_without_jobs": (
+        "placement.peer=cifar_resnet8_b-0",
+        "placement.peer = 'cifar_resnet8_b-0': only a job of kind = jobs has one; found kind = auto",
     ),
     # Optimiser and schedule.
     "unknown_optimizer": ("optimizer.name=sdg", "optimizer.name = 'sdg': not one of timm's optimisers; nearest: sgd"),
@@ -366,6 +379,78 @@ def test_accumulation_with_peers_updated_in_turn(at: Path, command: Callable[...
         "at once; expected 1\n"
     )
     assert command(at / "small.yaml", "train.accumulation=2", "method.order=sequential") == (2, "", message)
+
+
+JOBS = """\
+base: small.yaml
+method: {{name: codistillation}}
+placement: {{kind: jobs, meeting: {at}/meeting}}
+"""
+
+OF_JOBS: dict[str, tuple[str, str]] = {
+    "which_peer": (
+        "seed=1",
+        "placement.peer: missing; with placement.kind = jobs each job is told which peer it trains: one of "
+        "cifar_resnet8_b-0, cifar_resnet8_b-1, such as placement.peer=cifar_resnet8_b-0",
+    ),
+    "no_such_peer": (
+        "placement.peer=cifar_resnet8_b_1",
+        "placement.peer = 'cifar_resnet8_b_1': expected one of the peers cifar_resnet8_b-0, cifar_resnet8_b-1; did you "
+        "mean 'cifar_resnet8_b-1'?",
+    ),
+    "number_for_a_peer": ("placement.peer=1", "placement.peer = 1: expected text"),
+    "meeting_in_a_file": (
+        "placement={kind: jobs, peer: cifar_resnet8_b-1, meeting: '{at}/small.yaml/m'}",
+        "placement.meeting = '{at}/small.yaml/m': {at}/small.yaml is not a folder; expected a place for the folder "
+        "where peers meet",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", OF_JOBS)
+def test_mistake_in_a_job_of_one_peer(at: Path, command: Callable[..., Outcome], mistake: str) -> None:
+    override, message = (text.replace("{at}", str(at)) for text in OF_JOBS[mistake])
+    (at / "jobs.yaml").write_text(JOBS.format(at=at))
+    assert command(at / "jobs.yaml", override) == (2, "", f"error: {message}\n")
+    assert not (at / "run").exists()
+    assert not (at / "meeting").exists()
+
+
+def test_two_runs_that_would_meet_in_one_folder(
+    at: Path, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (at / "jobs.yaml").write_text(JOBS.format(at=at))
+    job = (at / "jobs.yaml", "placement.peer=cifar_resnet8_b-1", "method.interval=5", "train.epochs=1")
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", *map(str, job)])
+    main()
+    left = at / "meeting" / "cifar_resnet8_b-1.safetensors"
+    before = left.read_bytes()
+    code, _, err = command(*job, "optimizer.lr=0.2", f"dir={at}/other")
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        f"error: placement.meeting = '{at}/meeting': {left} is of a run with optimizer.lr = 0.1; give this one another "
+        "folder, or start over with --fresh, which replaces that file"
+    )
+    assert left.read_bytes() == before
+    assert not (at / "other").exists()
+
+
+def test_a_job_in_the_folder_of_another(
+    at: Path, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs have folders of their own; who renames one into another's place is told."""
+    (at / "jobs.yaml").write_text(JOBS.format(at=at))
+    job = (at / "jobs.yaml", "placement.peer=cifar_resnet8_b-1", "train.epochs=1")
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", *map(str, job)])
+    main()
+    (at / "run" / "cifar_resnet8_b-1").rename(at / "run" / "cifar_resnet8_b-0")
+    code, _, err = command(at / "jobs.yaml", "placement.peer=cifar_resnet8_b-0", "train.epochs=1")
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        f"error: placement.peer = 'cifar_resnet8_b-0': the run in {at}/run/cifar_resnet8_b-0 was started with "
+        "'cifar_resnet8_b-1'; give this one another name= or dir=, or start over with --fresh, which moves that folder "
+        "aside"
+    )
 
 
 FILES: dict[str, tuple[str, str]] = {
