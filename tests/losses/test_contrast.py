@@ -342,10 +342,9 @@ def test_exchanging_the_peers_exchanges_their_terms() -> None:
     sizes, o = (3, 2), options()
     (a, b), w = drawn(sizes), weights(sizes, N)
     turned = {(1 - i, 1 - j): x for (i, j), x in w.items()}
-    for place, arguments in ((from_batch, (None,)),):
-        one, other = place([a, b], *arguments, o, w), place([b, a], *arguments, o, turned)
-        for i, name in one:
-            assert one[i, name].item() == pytest.approx(other[1 - i, name].item(), rel=1e-12)
+    one, other = from_batch([a, b], None, o, w), from_batch([b, a], None, o, turned)
+    for i, name in one:
+        assert one[i, name].item() == pytest.approx(other[1 - i, name].item(), rel=1e-12)
 
 
 def test_permuting_the_batch_changes_nothing() -> None:

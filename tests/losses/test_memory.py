@@ -27,10 +27,12 @@ TARGETS = CLASSES[IDS]
 KEEP = torch.zeros(1)
 
 
+def settings(**changed: Any) -> ContrastiveOptions:
+    return ContrastiveOptions(**{"name": "mcl", "width": WIDTH, "positives": 2, "num_negatives": 7} | changed)
+
+
 def memory(peers: int = 2, key: tuple[int, int] = KEY, classes: Tensor = CLASSES, **changed: Any) -> Memory:
-    defaults = {"name": "mcl", "width": WIDTH, "positives": 2, "num_negatives": 7}
-    options = ContrastiveOptions(**defaults | changed)
-    return Memory(options, peers, classes, partial(make_table, torch.device("cpu")), key)
+    return Memory(settings(**changed), peers, classes, partial(make_table, torch.device("cpu")), key)
 
 
 def banks(of: Memory) -> list[Tensor]:
@@ -67,8 +69,7 @@ def test_initial_rows_are_a_function_of_bank_image_and_key() -> None:
         made.append(initial)
         return make_table(torch.device("cpu"), size, width, dtype, initial, sharded)
 
-    options = ContrastiveOptions(name="mcl", width=WIDTH, num_negatives=7)
-    whole = banks(Memory(options, 2, CLASSES, record, KEY))
+    whole = banks(Memory(settings(), 2, CLASSES, record, KEY))
     for ids in (IDS, IDS.flip(0), torch.arange(30, 41), torch.tensor([59])):
         for bank, initial in zip(whole, made, strict=True):
             assert torch.equal(initial(ids), bank[ids])
@@ -120,8 +121,8 @@ def test_products() -> None:
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_shared_negatives(chunk: int | None) -> None:
     """One set of negatives for all rows; those of an anchor's own class are as if they had not been drawn."""
-    m = memory(shared_negatives=True, num_negatives=12, chunk=chunk, alpha=0.3, beta=0.7)
-    o = m._options
+    changed = {"shared_negatives": True, "num_negatives": 12, "chunk": chunk, "alpha": 0.3, "beta": 0.7}
+    m, o = memory(**changed), settings(**changed)
     sizes = (2, 1)
     e = [unit_rows(70 + k, len(IDS), s, WIDTH) for k, s in enumerate(sizes)]
     # What was drawn shows in products with the rows of one bank, which all differ.
