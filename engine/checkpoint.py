@@ -3,10 +3,12 @@
     checkpoints/step_00001200/
         peer_NAME.pt    network, head, optimiser, moving average of one peer
         shared.pt       what all peers share: the method's modules and buffers, a trunk, and their optimiser
+        tables_*.pt     rows of the method's tables, if it has some, in parts
         manifest.json   step, files, and the small state of the run; written last
 
-A peer's file does not depend on where the peer lived, so a run goes on on any number of ranks. Random numbers are
-functions of the step, so there is nothing of them to save.
+A peer's file does not depend on where the peer lived, and each rank takes its rows out of whatever parts a table was
+saved in, so a run goes on on any number of ranks. Random numbers are functions of the step, so there is nothing of them
+to save.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import shutil
 import uuid
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch.distributed as dist
 
 from engine.cohort import Cohort, Resident
 from engine.files import digest, sync, write_json
+from engine.tables import load_parts, parts
 from models.stages import load_plain_state, plain_state
 
 VERSION = 1
@@ -95,6 +99,8 @@ def save(run: Path, cohort: Cohort, *, step: int, best: Best | None, in_a_row: i
             shared = cohort.shared_optimizer
             state = {"modules": cohort.shared.state_dict(), "optimizer": shared and shared.state_dict()}
             _write(aside / "shared.pt", state, files)
+        for name, rows in parts(cohort.shared).items():
+            _write(aside / name, rows, files)
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch makes of a full disk.
         failure = failure or str(error)
     reports: list[tuple[str | None, dict[str, dict[str, Any]]]] = [(None, {})] * cohort.placement.world
@@ -271,4 +277,6 @@ def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:
     cohort.shared.load_state_dict(shared["modules"])
     if cohort.shared_optimizer is not None:
         cohort.shared_optimizer.load_state_dict(shared["optimizer"])
+    for name in load_parts(cohort.shared, manifest.files, partial(read_state, folder)):
+        raise CheckpointError(f"{folder}: does not hold all rows of the table {name}")
     cohort.scaler.load_state_dict(manifest.scaler)
