@@ -48,8 +48,8 @@ class Recorder(TorchDispatchMode):
             name = function._opname.strip("_")
             if name not in ("wait_tensor", "wrap_tensor_autograd"):
                 group = _group(args)
-                # c10d's all-gather into one tensor takes (output, input), all others take their input first.
-                sent = args[1] if name == "allgather_base" else args[0]
+                # c10d's collectives from and into one tensor take (output, input), all others their input first.
+                sent = args[1] if name.endswith("_base") else args[0]
                 size = sum(x.numel() * x.element_size() for x in tree_leaves(sent))
                 self.calls.append(Call("", name, tuple(dist.get_process_group_ranks(group)), size))
         return function(*args, **(kwargs or {}))
@@ -116,8 +116,8 @@ def test_the_recorder_sees_every_collective() -> None:
     world = (0, 1, 2)
     pair = [Call("", "allgather_base", (0, 1), 20)]
     rest = [
-        Call("", "all_gather_into_tensor", world, 28),
-        Call("", "reduce_scatter_tensor", world, 84),
+        Call("", "allgather_base", world, 28),
+        Call("", "reduce_scatter_base", world, 84),
         Call("", "allreduce", world, 16),
     ]
     for rank, calls in enumerate(run_world(3, known_calls)):
@@ -194,8 +194,8 @@ def test_differentiable_adds_one_reduce_scatter_in_the_backward_pass() -> None:
     for calls, _ in run_world(3, calls_of_a_step, config, Consensus):
         size = FLOAT * ROWS * CLASSES
         assert calls == [
-            Call("exchange", "all_gather_into_tensor", (0, 1, 2), size),
-            Call("backward", "reduce_scatter_tensor", (0, 1, 2), 3 * size),
+            Call("exchange", "allgather_base", (0, 1, 2), size),
+            Call("backward", "reduce_scatter_base", (0, 1, 2), 3 * size),
             agreement(3),
         ]
 
