@@ -118,8 +118,9 @@ def steps_on_disk(run: Path) -> list[int]:
 class Saver:
     """Saves a run beside its training: a save copies the state between two steps, and a thread writes the copy.
 
-    Each peer is written by its first rank, what all share by rank 0, parts of tables by every rank. The threads of these ranks agree with each other
-    over a process group that nobody else uses, so training may communicate at the same time.
+    Each peer is written by its first rank, what all share by rank 0, parts of tables by every rank. The threads of
+    these ranks agree with each other over a process group that nobody else uses, so training may communicate at the
+    same time.
 
     Args:
         run: the run's folder.

@@ -59,7 +59,7 @@ def whole_banks(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a run with the parts of its tables put together, as a run that keeps them whole has it."""
     state = dict(state)
     for key in sorted(key for key in state if key.startswith("tables_")):
-        file, _, name = key.partition("/")
+        name = key.partition("/")[2]
         whole = state.get(f"table/{name}", state[key][:0])
         state[f"table/{name}"] = torch.cat([whole, state.pop(key)])
     return state
