@@ -93,8 +93,9 @@ def counted(ranks: int, placement: dict[str, Any], method: dict[str, Any] | None
 
 
 def agreement(world: int) -> Call:
-    """On whether all ranks met finite numbers: 4 bytes over the world, the only other communication of a step."""
-    return Call("optimizer", "allreduce", tuple(range(world)), FLOAT)
+    """On whether all ranks met finite numbers and none got a signal: 8 bytes over the world, the only other
+    communication of a step."""
+    return Call("optimizer", "allreduce", tuple(range(world)), 2 * FLOAT)
 
 
 # -- the instrument ---------------------------------------------------------------------------------------------------
