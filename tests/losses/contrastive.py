@@ -133,7 +133,7 @@ def mcl_contrast(source: Source, o: Any) -> Terms:
 
 
 def lmcl_contrast(source: Source, w: Mapping[tuple[int, int], Tensor], o: Any) -> Terms:
-    """Section 2.4's loop: for i, for j != i, for k, for z, of a pair loss that holds both directions.
+    """L-MCL's loop: for i, for j != i, for k, for z, of a pair loss that holds both directions.
 
     Args:
         source: of anchors and candidates.

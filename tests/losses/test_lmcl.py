@@ -112,7 +112,7 @@ def classified(z: Tensor) -> Tensor:
 
 
 def reference(method: LMCL, shown: Shown) -> Terms:
-    """Section 2.4, with constant weights."""
+    """All terms, with constant weights."""
     t, everyone = method.options.temperature, range(len(shown))
     last, agg = [peer["exits"][:, -1] for peer in shown], [peer["aggregate"] for peer in shown]
     return added(
@@ -147,8 +147,8 @@ def test_the_objective(sizes: tuple[int, ...], options: dict[str, Any]) -> None:
     assert_shares_add_up(partial(call, method), shown, method.private, expected, exact, WORLDS[len(sizes)])
 
 
-def test_alone_with_weights_of_1_it_is_twice_mcl() -> None:
-    """Two peers of one exit; a weight is at most 0.731, so one of 1/2 counts half."""
+def test_with_one_exit_and_even_weights_it_is_mcl() -> None:
+    """It counts ordered pairs, twice what MCL does, and features at right angles have a weight of 1/2."""
     method = lmcl(2, negatives="batch")
     shown = [{**peer, "logits": peer["exits"][:, 0]} for peer in drawn(method, (1, 1))]
     for peer, axis in zip(shown, (0, 1), strict=True):
@@ -157,7 +157,7 @@ def test_alone_with_weights_of_1_it_is_twice_mcl() -> None:
     one, two = call(method, [0, 1], shown), plain([0, 1], shown, Y, PROGRESS)
     for i in (0, 1):
         for name in ("vcl", "soft_vcl", "icl", "soft_icl"):
-            assert one[i, name].item() == pytest.approx(2 * 0.5 * two[i, name].item(), rel=1e-10)
+            assert one[i, name].item() == pytest.approx(two[i, name].item(), rel=1e-10)
 
 
 @pytest.mark.parametrize(("cosine", "weight"), [(1.0, 0.731058579), (-1.0, 0.268941421), (0.0, 0.5)])
@@ -325,7 +325,7 @@ def test_hypergradient_by_finite_differences(steps: int) -> None:
 
 @pytest.mark.parametrize("published", [False, True])
 def test_the_recursion_by_whole_matrices(published: bool) -> None:
-    """Section 2.6, with Hessians; published: the weight decay that multiplies B is lost."""
+    """A and B by hand, with Hessians; published: the weight decay that multiplies B is lost."""
     outer, path = small_problem(seed=2), [inner, inner, final]
     names = [(k, name) for k, own in outer.parameters.items() for name in own if name not in outer.outer[k]]
     learned = [(k, name) for k, own in outer.outer.items() for name in own]
@@ -368,7 +368,7 @@ def test_the_recursion_by_whole_matrices(published: bool) -> None:
 
 def test_the_toy_problem_of_learning_what_and_where_to_transfer() -> None:
     """Ten steps from fixed numbers, whose result the authors of that recursion give to 4 digits; the published form of
-    L-MCL does not come near."""
+    L-MCL is off by 47 %."""
     theta = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([[-1.0, -2.0], [1.0, 0.0]])}
     parameters = {0: {**theta, "lambda": torch.zeros(2, 2)}}
 
@@ -382,7 +382,7 @@ def test_the_toy_problem_of_learning_what_and_where_to_transfer() -> None:
     found = hypergradient([objective] * 10, last, outer)[0][0]
     np.testing.assert_allclose(found, [[-1.1952, -7.1712], [1.1952, 0.0]], atol=6e-5)
     published = hypergradient([objective] * 10, last, outer, published=True)[0][0]
-    assert (published - found).abs().max() > 0.3 * found.abs().max()
+    assert ((published - found).norm() / found.norm()).item() == pytest.approx(0.4737, abs=1e-4)
 
 
 def test_nothing_is_left_behind() -> None:
@@ -467,8 +467,8 @@ def an_outer_step(method: LMCL, dtype: torch.dtype, progress: Progress = PROGRES
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({"negatives": "batch"}, 1), ({"negatives": "batch"}, 2), ({"negatives": "global", "chunk": 2}, 2),
-     ({"negatives": "memory", "chunk": 2}, 2), (PUBLISHED, 1)],
+    [({"negatives": "batch"}, 1), ({"negatives": "batch"}, 2), ({"negatives": "global", "chunk": 2}, 1),
+     ({"negatives": "memory", "chunk": 2}, 1), (PUBLISHED, 1)],
 )  # fmt: skip
 def test_the_outer_step(options: dict[str, Any], steps: int) -> None:
     """Look-ahead on the contrastive losses alone, where weights carry a gradient to phi and, through the features, to
