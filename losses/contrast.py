@@ -79,7 +79,7 @@ def weighted(rows: PairRows, w: Tensor | None, options: ContrastiveOptions, vcl_
 
     Args:
         rows: of the pair.
-        w: weights [S_i, S_j, N] of the pairs of embeddings of each row; None: 1.
+        w: weights [S_i, S_j, N] of the pairs of embeddings of each row; None: 1, where peers have one embedding each.
         options: of the method.
         vcl_counts: what VCL is multiplied by, which a peer has once and each pair shows anew.
     """

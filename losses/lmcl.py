@@ -52,7 +52,7 @@ class LMCL(Contrastive):
     Peer i of S stages has an exit after each: after the last its own classifier, before it an auxiliary one. With the
     exits' pooled features f_{i,s} [N, D_i], logits z_{i,s}, embeddings e_{i,s} of unit length and
 
-        w_{is,jz} = sigmoid(cos(P_{i,s} f_{i,s}, P_{j,z} f_{j,z}))  [N],       constant in L
+        w_{is,jz} = sigmoid(cos(P_{i,s} f_{i,s}, P_{j,z} f_{j,z}))  [N],       constant in L, P 128 rows high
         a_i = \sum_s g_{i,s} z_{i,s},   g_i = softmax_S(W_2 relu(W_1 [f_{i,1}; ...; f_{i,S}]))
 
     the objective is, with the losses of `losses.contrast` weighted row by row with w,
