@@ -47,6 +47,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "lmcl_global": {"name": "lmcl", "negatives": "global"},
     "lmcl_memory": {"name": "lmcl", **MEMORY},
 }
+
+
+def slow(*values: Any) -> Any:
+    """Parameters of a test that is run before a release."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 MAIN = ("mcl_global", "mcl_memory", "lmcl_global", "lmcl_memory")
 HYBRID = {"kind": "hybrid", "peers_per_rank": 2}
 UNLIKE = [{"network": "cifar_resnet8_b", "options": {"width": 4}}, {"network": "cifar_wrn_16_1"}]
@@ -114,28 +121,30 @@ def test_in_float32_too(form: str) -> None:
     assert_same_weights(trained(form, 2, 2, SPREAD, False), trained(form, 2, 1, COLOCATED, False), 1e-5)
 
 
-@pytest.mark.parametrize("form", MAIN)
+@pytest.mark.parametrize("form", [slow("mcl_global"), "mcl_memory", "lmcl_global", slow("lmcl_memory")])
 def test_three_peers_spread_equal_colocated(form: str) -> None:
     assert_same_weights(trained(form, 3, 3, SPREAD), trained(form, 3, 1, COLOCATED), 1e-10)
 
 
-@pytest.mark.parametrize("form", ["mcl_memory", "lmcl_global"])
+@pytest.mark.parametrize("form", ["mcl_memory", slow("lmcl_global")])
 def test_four_peers_in_a_hybrid_equal_colocated(form: str) -> None:
     assert_same_weights(trained(form, 4, 2, HYBRID), trained(form, 4, 1, COLOCATED), 1e-10)
 
 
-@pytest.mark.parametrize("form", ["mcl_batch", "mcl_global", "mcl_memory", "lmcl_batch", "lmcl_global", "lmcl_memory"])
+@pytest.mark.parametrize(
+    "form", [slow("mcl_batch"), "mcl_global", "mcl_memory", "lmcl_batch", slow("lmcl_global"), slow("lmcl_memory")]
+)
 def test_spread_over_replicas_equals_colocated_over_as_many(form: str) -> None:
     """Two replicas on either side, so that BatchNorm sees the same rows."""
     assert_same_weights(trained(form, 2, 4, SPREAD), trained(form, 2, 2, COLOCATED), 1e-10)
 
 
-@pytest.mark.parametrize("form", ["mcl_global", "mcl_memory", "lmcl_global"])
+@pytest.mark.parametrize("form", ["mcl_global", slow("mcl_memory"), slow("lmcl_global")])
 def test_replicas_of_a_hybrid_equal_as_many_of_everything(form: str) -> None:
     assert_same_weights(trained(form, 4, 4, HYBRID), trained(form, 4, 2, COLOCATED), 1e-10)
 
 
-@pytest.mark.parametrize("negatives", ["global", "memory"])
+@pytest.mark.parametrize("negatives", ["global", slow("memory")])
 def test_a_shared_trunk_of_four_branches(negatives: str) -> None:
     form = f"mcl_{negatives}"
     colocated = trained(form, 4, 1, COLOCATED, shared_stages=1)
@@ -143,7 +152,7 @@ def test_a_shared_trunk_of_four_branches(negatives: str) -> None:
     assert_same_weights(trained(form, 4, 2, HYBRID, shared_stages=1), colocated, 1e-10)
 
 
-@pytest.mark.parametrize("form", MAIN)
+@pytest.mark.parametrize("form", [slow("mcl_global"), "mcl_memory", "lmcl_global", slow("lmcl_memory")])
 def test_unlike_peers(form: str) -> None:
     assert_same_weights(trained(form, UNLIKE, 2, SPREAD), trained(form, UNLIKE, 1, COLOCATED), 1e-10)
 
@@ -199,7 +208,7 @@ def of_all_ranks(form: str, peers: int, ranks: int, placement: Any, order: Any =
 
 @pytest.mark.parametrize(
     ("peers", "ranks", "placement"),
-    [(2, 2, COLOCATED), (2, 4, COLOCATED), (2, 2, SPREAD), (2, 4, SPREAD), (4, 4, HYBRID)],
+    [(2, 2, COLOCATED), slow(2, 4, COLOCATED), (2, 2, SPREAD), slow(2, 4, SPREAD), (4, 4, HYBRID)],
 )
 @pytest.mark.parametrize("form", ["mcl", "lmcl"])
 def test_global_negatives_are_those_of_one_process(form: str, peers: int, ranks: int, placement: Any) -> None:
@@ -259,7 +268,7 @@ def test_in_bf16_on_the_wire_negatives_are_nearly_the_same() -> None:
         ("mcl_memory", 3, 3, SPREAD),
         ("mcl_memory", 2, 4, SPREAD),
         ("mcl_shared_negatives", 2, 2, COLOCATED),
-        ("lmcl_memory", 2, 3, COLOCATED),
+        slow("lmcl_memory", 2, 3, COLOCATED),
     ],
 )
 def test_banks_in_shards_are_the_whole_ones_bit_by_bit(form: str, peers: int, ranks: int, placement: Any) -> None:

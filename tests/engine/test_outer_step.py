@@ -189,13 +189,13 @@ def plain(negatives: str, peers: Any, replicas: int) -> dict[str, Tensor]:
     [
         ("batch", 2, 1, 1, {"kind": "colocated"}),
         ("batch", 2, 1, 2, {"kind": "spread"}),
-        ("batch", UNLIKE, 1, 1, {"kind": "colocated"}),
+        pytest.param(*("batch", UNLIKE, 1, 1, {"kind": "colocated"}), marks=pytest.mark.slow),
         ("batch", UNLIKE, 1, 2, {"kind": "spread"}),
         ("batch", 2, 2, 2, {"kind": "colocated"}),
-        ("batch", 2, 2, 4, {"kind": "spread"}),
-        ("global", 2, 2, 2, {"kind": "colocated"}),
+        pytest.param(*("batch", 2, 2, 4, {"kind": "spread"}), marks=pytest.mark.slow),
+        pytest.param(*("global", 2, 2, 2, {"kind": "colocated"}), marks=pytest.mark.slow),
         ("global", 2, 2, 4, {"kind": "spread"}),
-        ("batch", 3, 1, 3, {"kind": "spread"}),
+        pytest.param(*("batch", 3, 1, 3, {"kind": "spread"}), marks=pytest.mark.slow),
     ],
     ids=str,
 )
