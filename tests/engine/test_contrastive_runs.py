@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,10 @@ def test_a_killed_run_ends_with_the_same_bits_and_its_peers_leave_as_plain_netwo
         assert all(torch.equal(x, trained[f"{path.stem}/{name}"]) for name, x in network.state_dict().items())
 
 
+def but(state: dict[str, Any], some: Collection[str]) -> dict[str, Any]:
+    return {key: x for key, x in state.items() if key not in some}
+
+
 def forget(folder: Path, step: int) -> None:
     """Takes away the checkpoints after a step, as if the run had been killed soon after it."""
     for later in checkpoint.steps_on_disk(folder):
@@ -120,14 +125,12 @@ def test_a_killed_run_goes_on_elsewhere_and_with_its_banks_held_otherwise(
         config = config.model_copy(update={"method": config.method.model_copy(update={"bank_sharded": sharded})})
     run_ranks(after, train_here, config)
     expected = whole_banks(final_state(undisturbed(method, 2)))
-    # A bank's rows are as exact as bf16 is.
     found = whole_banks(final_state(tmp_path))
+    # A bank's rows are as exact as bf16 is; an outer gradient has come through second derivatives of float32.
     coarse = {key for key, x in expected.items() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16}
-    assert_same_state(
-        {key: x for key, x in found.items() if key not in coarse},
-        {key: x for key, x in expected.items() if key not in coarse},
-        1e-5,
-    )
+    outer = {key for key in expected if "/outer/state/" in key}
+    assert_same_state(but(found, coarse | outer), but(expected, coarse | outer), 1e-5)
+    assert_same_state(but(found, found.keys() - outer), but(expected, expected.keys() - outer), 2e-4)
     for key in coarse:
         assert (found[key] != expected[key]).float().mean() < 1e-2
     assert [line["step"] for line in numbers(tmp_path)] == [line["step"] for line in numbers(undisturbed(method, 2))]
@@ -182,7 +185,7 @@ def test_torchrun_trains_lmcl_on_batches_of_classes_and_scores_it(tmp_path: Path
     config = small_run(
         Path(),
         tmp_path / "run",
-        {"name": "lmcl", "meta_interval": 20, "width": 32},
+        {"name": "lmcl", "meta_interval": 60, "width": 32},
         data={"dataset": "fashion_mnist_subset", "root": None, "global_batch": 20, "sampler": "class_balanced"},
         train={"epochs": 1},
         placement={"kind": "spread"},
@@ -204,7 +207,7 @@ def test_torchrun_trains_lmcl_on_batches_of_classes_and_scores_it(tmp_path: Path
         assert scores[-1][f"val/cifar_resnet8_b-{k}/top1"] > 20
     for name in ("vcl", "soft_vcl", "icl", "soft_icl", "kd", "ce_aggregate"):
         assert all(line[f"train/cifar_resnet8_b-1/{name}"] >= 0 for line in lines if "lr" in line)
-    run_command("evaluate", str(config.folder), "--json", str(tmp_path / "scores.json"))
+    run_command("evaluate", str(config.folder), "placement.kind=auto", "--json", str(tmp_path / "scores.json"))
     evaluated = json.loads((tmp_path / "scores.json").read_text())
     for name, score in scores[-1].items():
         if name.startswith("val/"):
