@@ -105,8 +105,9 @@ def make_table(
     """See `losses.contract.MakeTable`."""
     mine = part(size, dist.get_rank(), dist.get_world_size()) if sharded else range(size)
     rows = torch.empty(len(mine), width, dtype=dtype, device=device)
+    first = dist.get_rank() * size if apart else 0
     for ids in torch.arange(mine.start, mine.stop, device=device).split(1 << 16):
-        rows[ids - mine.start] = initial(ids + apart * dist.get_rank() * size).to(dtype)
+        rows[ids - mine.start] = initial(ids + first).to(dtype)
     return ShardedTable(size, rows) if sharded else Table(rows)
 
 

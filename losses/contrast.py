@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -60,6 +60,20 @@ class ContrastiveOptions(MethodOptions):
     bank_dtype: Literal["float32", "bf16"] = Field("float32", description="memory: number format of the banks")
     bank_sharded: bool = Field(
         False, description="memory: each rank keeps a part of every bank, and asks the others for the rest"
+    )
+
+    @model_validator(mode="after")
+    def _memory_belongs_to_memory(self) -> ContrastiveOptions:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if self.negatives != "memory" and name in self.memory_only and value != field.default:
+                raise ValueError(
+                    f"{name} = {value!r}: only negatives = memory has memory banks, found negatives = {self.negatives}"
+                )
+        return self
+
+    memory_only: ClassVar[frozenset[str]] = frozenset(
+        {"positives", "num_negatives", "shared_negatives", "bank_momentum", "bank_dtype", "bank_sharded"}
     )
 
 

@@ -4,7 +4,7 @@ Mutual Contrastive Learning for Visual Recognition"; TPAMI 2023, arXiv 2207.1151
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ class LMCLOptions(ContrastiveOptions):
     """Options of `lmcl`."""
 
     name: Literal["lmcl"] = "lmcl"
+    memory_only: ClassVar[frozenset[str]] = ContrastiveOptions.memory_only | {"vcl_bank"}
     meta_interval: int | None = Field(
         50,
         ge=1,

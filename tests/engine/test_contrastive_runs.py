@@ -283,5 +283,6 @@ def test_a_class_with_too_few_images_is_named_on_all_ranks(tiny: Path, tmp_path:
     config = small_run(tiny, tmp_path, {"name": "mcl", **MEMORY, "positives": 30})
     messages = run_ranks(ranks, refusal, config)
     assert (
-        messages == ["method.name = mcl: class 0 has 11 training samples, 30 are needed to draw positives from"] * ranks
+        messages
+        == ["method.name = mcl: class 0 has 11 training samples, positives = 30 needs as many to draw from"] * ranks
     )

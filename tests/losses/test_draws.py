@@ -147,7 +147,7 @@ def test_lowest_and_highest_words() -> None:
 
 
 def test_classes_too_small_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^class 1 has 2 training samples, 3 are needed to draw positives from$"):
+    with pytest.raises(ValueError, match=r"^class 1 has 2 training samples, positives = 3 needs as many to draw from$"):
         ClassIndex(CLASSES, 3)
     ClassIndex(CLASSES, 2)
     with pytest.raises(ValueError, match=r"^all 2 training samples are of class 1: there are no negatives to draw$"):

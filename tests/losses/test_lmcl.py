@@ -51,7 +51,9 @@ Shown = Sequence[Mapping[str, Tensor]]
 def lmcl(peers: int, **options: Any) -> LMCL:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        defaults = {"alpha": 0.3, "beta": 0.7, "gamma": 1.1, "lam": 0.9, "width": D, "num_negatives": 5, "positives": 2}
+        defaults = {"alpha": 0.3, "beta": 0.7, "gamma": 1.1, "lam": 0.9, "width": D}
+        if options.get("negatives") == "memory":
+            defaults |= {"num_negatives": 5, "positives": 2}
         method = LMCL(LMCLOptions(**defaults | options), alike(peers, C))
         method.prepare(CLASSES, partial(make_table, torch.device("cpu")))
     return method

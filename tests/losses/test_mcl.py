@@ -38,7 +38,9 @@ PROGRESS = Progress(step=13, steps_per_epoch=10, epochs=3)
 def mcl(peers: int, **options: Any) -> MCL:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        defaults = {"alpha": 0.3, "beta": 0.7, "gamma": 1.1, "lam": 0.9, "width": D, "num_negatives": 5, "positives": 2}
+        defaults = {"alpha": 0.3, "beta": 0.7, "gamma": 1.1, "lam": 0.9, "width": D}
+        if options.get("negatives") == "memory":
+            defaults |= {"num_negatives": 5, "positives": 2}
         method = MCL(MCLOptions(**defaults | options), alike(peers, C))
         method.prepare(CLASSES, partial(make_table, torch.device("cpu")))
     return method
@@ -198,3 +200,18 @@ def test_one_peer_is_refused(name: str) -> None:
 def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         METHODS[name].Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"bank_sharded": True}, "bank_sharded = True"),
+        ({"negatives": "batch", "num_negatives": 64}, "num_negatives = 64"),
+        ({"bank_momentum": 0.9}, "bank_momentum = 0.9"),
+    ],
+)
+def test_options_of_the_banks_are_refused_without_banks(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=rf"{named}: only negatives = memory has memory banks, found negatives = "):
+        MCLOptions(**options)
+    MCLOptions(**{**options, "negatives": "memory"})
+    MCLOptions(**MCLOptions().model_dump())  # what a run wrote can be read again

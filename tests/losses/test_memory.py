@@ -28,7 +28,9 @@ KEEP = torch.zeros(1)
 
 
 def settings(**changed: Any) -> ContrastiveOptions:
-    return ContrastiveOptions(**{"name": "mcl", "width": WIDTH, "positives": 2, "num_negatives": 7} | changed)
+    return ContrastiveOptions(
+        **{"name": "mcl", "negatives": "memory", "width": WIDTH, "positives": 2, "num_negatives": 7} | changed
+    )
 
 
 def memory(peers: int = 2, key: tuple[int, int] = KEY, classes: Tensor = CLASSES, **changed: Any) -> Memory:
@@ -222,7 +224,7 @@ def test_only_the_banks_are_saved() -> None:
 
 
 def test_classes_that_are_too_small_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^class 2 has 1 training samples, 2 are needed to draw positives from$"):
+    with pytest.raises(ValueError, match=r"^class 2 has 1 training samples, positives = 2 needs as many to draw from$"):
         memory(classes=torch.tensor([0, 0, 0, 1, 1, 2]))
 
 
