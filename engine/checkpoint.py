@@ -3,10 +3,12 @@
     checkpoints/step_00001200/
         peer_NAME.pt    network, head, optimiser, moving average of one peer
         shared.pt       what all peers share: the method's modules and buffers, a trunk, and their optimiser
+        tables_*.pt     rows of the method's tables, if it has some, in parts
         manifest.json   step, files, the small state of the run and its own SHA-256; written last
 
-A peer's file does not depend on where the peer lived, so a run goes on on any number of ranks. Random numbers are
-functions of the step, so there is nothing of them to save.
+A peer's file does not depend on where the peer lived, and each rank takes its rows out of whatever parts a table was
+saved in, so a run goes on on any number of ranks. Random numbers are functions of the step, so there is nothing of them
+to save.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from torch import Tensor
 
 from engine.cohort import Cohort, Resident
 from engine.files import digest, sync, write_json
+from engine.tables import ShardedTable, load_parts, parts
 from models.stages import load_plain_state, plain_state
 
 VERSION = 2
@@ -115,8 +118,9 @@ def steps_on_disk(run: Path) -> list[int]:
 class Saver:
     """Saves a run beside its training: a save copies the state between two steps, and a thread writes the copy.
 
-    Each peer is written by its first rank, what all share by rank 0. The threads of these ranks agree with each other
-    over a process group that nobody else uses, so training may communicate at the same time.
+    Each peer is written by its first rank, what all share by rank 0, parts of tables by every rank. The threads of
+    these ranks agree with each other over a process group that nobody else uses, so training may communicate at the
+    same time.
 
     Args:
         run: the run's folder.
@@ -127,7 +131,9 @@ class Saver:
     def __init__(self, run: Path, cohort: Cohort, say: Callable[[str], None]) -> None:
         self._run, self._cohort, self._say = run, cohort, say
         placement = cohort.placement
-        writers = [rank for rank in range(placement.world) if replace(placement, rank=rank).replica == 0]
+        everyone = range(placement.world)
+        in_parts = any(isinstance(module, ShardedTable) for module in cohort.shared.modules())
+        writers = [rank for rank in everyone if in_parts or replace(placement, rank=rank).replica == 0]
         self._first, self._writes = placement.rank == 0, placement.rank in writers
         self.group: Any = dist.new_group(writers, timeout=WRITE_TIMEOUT, backend="gloo")
         """Of the ranks that write; nobody else may communicate in it."""
@@ -151,7 +157,9 @@ class Saver:
         if not self._writes:
             return
         self.wait()
-        states = {f"peer_{resident.name}.pt": _state_of(resident) for resident in self._cohort.residents.values()}
+        states: dict[str, Any] = {**parts(self._cohort.shared)}
+        if self._cohort.placement.replica == 0:
+            states |= {f"peer_{resident.name}.pt": _state_of(resident) for resident in self._cohort.residents.values()}
         manifest = None
         if self._first:
             cohort, shared = self._cohort, self._cohort.shared_optimizer
@@ -505,6 +513,8 @@ def _load(folder: Path, manifest: Manifest, cohort: Cohort) -> None:
         cohort.shared.load_state_dict(shared["modules"])
         if cohort.shared_optimizer is not None:
             _load_optimizer(cohort.shared_optimizer, shared["optimizer"])
+    for name in load_parts(cohort.shared, manifest.files, partial(read_state, folder)):
+        raise CheckpointError(f"{folder}: does not hold all rows of the table {name}")
     with _fits(folder / "manifest.json"):
         cohort.scaler.load_state_dict(manifest.scaler)
 

@@ -126,6 +126,8 @@ def _unpack(rows: Tensor, layout: list[list[_Shapes]]) -> list[Signals]:
 
 
 _DIGITS = 4
+NUMBERS_OF_A_ROW = 2 * _DIGITS
+"""What a row's target and id are sent as."""
 
 
 def _digits(numbers: Tensor) -> Tensor:

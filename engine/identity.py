@@ -17,6 +17,7 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "health": None,
     "report": None,
     "data": {"root", "threads", "decoder"},
+    "method": {"bank_sharded", "chunk"},
     "precision": {"compile", "channels_last", "tf32"},
     "train": {"epochs", "max_skipped", "timeout"},
 }

@@ -62,8 +62,8 @@ def supersede(run: Path, rollbacks: Sequence[Rollback]) -> None:
     for step in checkpoint.steps_on_disk(run):
         folder = checkpoint.folder_of(run, step)
         try:
-            known = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("rollbacks", 0)
-        except (OSError, ValueError, AttributeError):
+            known = checkpoint.read_manifest(folder).rollbacks
+        except CheckpointError:
             continue
         if any(step > rollback.begin for rollback in rollbacks[known:]):
             checkpoint.remove(folder)

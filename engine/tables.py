@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -22,12 +23,22 @@ class Table(nn.Module):
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
-        self.register_buffer("rows", rows)
+        self.register_buffer("rows", rows, persistent=False)  # see `parts`
+
+    @property
+    def size(self) -> int:
+        """n."""
+        return len(self.rows)
+
+    @property
+    def mine(self) -> range:
+        """The rows that are here."""
+        return range(self.size)
 
     def read(self, ids: Tensor) -> Tensor:
         """See `losses.contract.Table`."""
         # index_select: faster than indexing on a CPU, and the same on a GPU.
-        return self.rows.index_select(0, ids.flatten()).float().view(*ids.shape, -1)
+        return self.rows.index_select(0, ids.flatten()).float().view(*ids.shape, self.rows.shape[1])
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
         """See `losses.contract.Table`."""
@@ -51,9 +62,10 @@ class ShardedTable(nn.Module):
     def __init__(self, size: int, rows: Tensor) -> None:
         super().__init__()
         self.size = size
-        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("rows", rows, persistent=False)  # see `parts`
         ranks = range(dist.get_world_size())
-        self._mine = part(size, dist.get_rank(), len(ranks))
+        self.mine = part(size, dist.get_rank(), len(ranks))
+        """The rows that are here."""
         ends = torch.tensor([part(size, rank, len(ranks)).stop for rank in ranks], device=rows.device)
         self.register_buffer("_ends", ends, persistent=False)
 
@@ -67,17 +79,17 @@ class ShardedTable(nn.Module):
         out, back = asked.tolist(), wanted.tolist()
         requests = ids.new_empty(sum(back))
         dist.all_to_all_single(requests, ids.flatten()[order], back, out)
-        answers = self.rows.index_select(0, requests - self._mine.start)
+        answers = self.rows.index_select(0, requests - self.mine.start)
         got = self.rows.new_empty(ids.numel(), self.rows.shape[1])
         dist.all_to_all_single(got, answers, out, back)
         found = torch.empty_like(got)
         found[order] = got
-        return found.float().view(*ids.shape, -1)
+        return found.float().view(*ids.shape, found.shape[1])
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
         """See `losses.contract.Table`."""
-        mine = (ids >= self._mine.start) & (ids < self._mine.stop)
-        self.rows.index_copy_(0, ids[mine] - self._mine.start, rows[mine].to(self.rows.dtype))
+        mine = (ids >= self.mine.start) & (ids < self.mine.stop)
+        self.rows.index_copy_(0, ids[mine] - self.mine.start, rows[mine].to(self.rows.dtype))
 
 
 def make_table(
@@ -93,6 +105,68 @@ def make_table(
     """See `losses.contract.MakeTable`."""
     mine = part(size, dist.get_rank(), dist.get_world_size()) if sharded else range(size)
     rows = torch.empty(len(mine), width, dtype=dtype, device=device)
+    first = dist.get_rank() * size if apart else 0
     for ids in torch.arange(mine.start, mine.stop, device=device).split(1 << 16):
-        rows[ids - mine.start] = initial(ids + apart * dist.get_rank() * size).to(dtype)
+        rows[ids - mine.start] = initial(ids + first).to(dtype)
     return ShardedTable(size, rows) if sharded else Table(rows)
+
+
+# -- in checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def parts(module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What this rank has to save of the tables in a module: name of a file -> name of a table -> rows [M, d].
+
+    A whole table is one part, of rank 0; a table in shards has a part for each rank.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, table in _tables(module):
+        index, count = (rank, world) if isinstance(table, ShardedTable) else (0, 1)
+        if index == rank:
+            files.setdefault(f"tables_{index:05d}_of_{count:05d}.pt", {})[name] = table.rows
+    return files
+
+
+def load_parts(module: nn.Module, files: Iterable[str], read: Callable[[str], Mapping[str, Tensor]]) -> list[str]:
+    """Puts into the tables in a module what any number of ranks has saved of them, this rank's rows alone.
+
+    Args:
+        module: with tables of the same names and sizes, whole or sharded.
+        files: names of files, of which those of tables are looked at.
+        read: name -> what is in that file.
+
+    Returns:
+        The names of tables of which the files do not have all rows, in the same width and number format.
+    """
+    tables = dict(_tables(module))
+    missing = {name: len(table.mine) for name, table in tables.items()}
+    for file in files:
+        match = re.fullmatch(r"tables_(\d+)_of_(\d+)\.pt", file)
+        if not match or int(match[1]) >= int(match[2]):
+            continue
+        there = {name: part(table.size, int(match[1]), int(match[2])) for name, table in tables.items()}
+        both = {name: _common(there[name], table.mine) for name, table in tables.items()}
+        found = read(file) if any(both.values()) else {}
+        for name, rows in found.items():
+            table = tables.get(name)
+            if table is None or rows.shape != (len(there[name]), table.rows.shape[1]) or rows.dtype != table.rows.dtype:
+                continue
+            _cut(table.rows, both[name], table.mine).copy_(_cut(rows, both[name], there[name]))
+            missing[name] -= len(both[name])
+    return [name for name, rows in missing.items() if rows]
+
+
+def _common(one: range, other: range) -> range:
+    start = max(one.start, other.start)
+    return range(start, max(start, min(one.stop, other.stop)))
+
+
+def _cut(rows: Tensor, wanted: range, held: range) -> Tensor:
+    return rows[wanted.start - held.start : wanted.stop - held.start] if wanted else rows[:0]
+
+
+def _tables(module: nn.Module) -> Iterator[tuple[str, Table | ShardedTable]]:
+    for name, inner in module.named_modules():
+        if isinstance(inner, Table | ShardedTable):
+            yield name, inner

@@ -35,6 +35,7 @@ from engine.cohort import Cohort
 from engine.collectives import Launch, choose_device, start
 from engine.config import RunConfig
 from engine.config_file import validate
+from engine.exchange import NUMBERS_OF_A_ROW
 from engine.meter import Meter
 from engine.placement import plan
 from engine.step import train_step
@@ -121,6 +122,8 @@ def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int =
         signals = cohort.forward(batch, Progress(0, 1000, 1), 0, [0])[0]
     assert all(len(x) == 2 for x in signals.values())
     numbers = sum(x.numel() for name, x in signals.items() if name not in cohort.method.private)
+    if cohort.method.everywhere:
+        numbers += 2 * NUMBERS_OF_A_ROW
     return numbers // 2 * rows * 4
 
 

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -62,6 +62,20 @@ class ContrastiveOptions(MethodOptions):
         False, description="memory: each rank keeps a part of every bank, and asks the others for the rest"
     )
 
+    @model_validator(mode="after")
+    def _memory_belongs_to_memory(self) -> ContrastiveOptions:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if self.negatives != "memory" and name in self.memory_only and value != field.default:
+                raise ValueError(
+                    f"{name} = {value!r}: only negatives = memory has memory banks, found negatives = {self.negatives}"
+                )
+        return self
+
+    memory_only: ClassVar[frozenset[str]] = frozenset(
+        {"positives", "num_negatives", "shared_negatives", "bank_momentum", "bank_dtype", "bank_sharded"}
+    )
+
 
 @dataclass(frozen=True)
 class PairRows:
@@ -79,7 +93,7 @@ def weighted(rows: PairRows, w: Tensor | None, options: ContrastiveOptions, vcl_
 
     Args:
         rows: of the pair.
-        w: weights [S_i, S_j, N] of the pairs of embeddings of each row; None: 1.
+        w: weights [S_i, S_j, N] of the pairs of embeddings of each row; None: 1, where peers have one embedding each.
         options: of the method.
         vcl_counts: what VCL is multiplied by, which a peer has once and each pair shows anew.
     """

@@ -79,7 +79,9 @@ class ClassIndex(torch.nn.Module):
         counts = torch.bincount(classes[classes >= 0])
         for c, count in enumerate(counts.tolist()):
             if 0 < count < least:
-                raise ValueError(f"class {c} has {count} training samples, {least} are needed to draw positives from")
+                raise ValueError(
+                    f"class {c} has {count} training samples, positives = {least} needs as many to draw from"
+                )
             if count == trained_on:
                 raise ValueError(f"all {count} training samples are of class {c}: there are no negatives to draw")
         order = torch.argsort(classes, stable=True)[len(classes) - trained_on :]

@@ -4,7 +4,7 @@ Mutual Contrastive Learning for Visual Recognition"; TPAMI 2023, arXiv 2207.1151
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ class LMCLOptions(ContrastiveOptions):
     """Options of `lmcl`."""
 
     name: Literal["lmcl"] = "lmcl"
+    memory_only: ClassVar[frozenset[str]] = ContrastiveOptions.memory_only | {"vcl_bank"}
     meta_interval: int | None = Field(
         50,
         ge=1,
@@ -52,7 +53,7 @@ class LMCL(Contrastive):
     Peer i of S stages has an exit after each: after the last its own classifier, before it an auxiliary one. With the
     exits' pooled features f_{i,s} [N, D_i], logits z_{i,s}, embeddings e_{i,s} of unit length and
 
-        w_{is,jz} = sigmoid(cos(P_{i,s} f_{i,s}, P_{j,z} f_{j,z}))  [N],       constant in L
+        w_{is,jz} = sigmoid(cos(P_{i,s} f_{i,s}, P_{j,z} f_{j,z}))  [N],       constant in L, P 128 rows high
         a_i = \sum_s g_{i,s} z_{i,s},   g_i = softmax_S(W_2 relu(W_1 [f_{i,1}; ...; f_{i,S}]))
 
     the objective is, with the losses of `losses.contrast` weighted row by row with w,

@@ -17,8 +17,8 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # torch warns with pages of C++ frames when one agent leaves before another.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
-# torchrun_on_all_nodes OPTIONS SCRIPT ARGUMENTS: one torchrun a node, with one rank a GPU. What the first rank of a node
-# prints goes to the job's log, what each rank prints to a file in $LOGS/NODE.
+# torchrun_on_all_nodes OPTIONS SCRIPT ARGUMENTS: becomes srun of one torchrun a node, with one rank a GPU. What the first
+# rank of a node prints goes to the job's log, what each rank prints to a file in $LOGS/NODE.
 torchrun_on_all_nodes() {
   # The address that Slurm itself uses for the first node: names of nodes need not be known to DNS.
   local first address container=()
@@ -26,8 +26,8 @@ torchrun_on_all_nodes() {
   address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
   [ -z "$CONTAINER" ] || container=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}" --container-workdir="$PWD")
   export TORCHRUN RANKS_PER_NODE LOGS ENDPOINT="$address:$((15000 + SLURM_JOB_ID % 20000))"
-  # Slurm signals every process of a step. SIGUSR1 is for the ranks; torchrun would die of it.
-  srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" bash -c '
+  # srun signals every process of a step. SIGUSR1 is for the ranks; torchrun would die of it.
+  exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" bash -c '
     trap "" USR1
     exec "$TORCHRUN" --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$RANKS_PER_NODE" \
       --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$ENDPOINT" \

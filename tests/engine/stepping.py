@@ -16,6 +16,7 @@ from engine.config import RunConfig
 from engine.config_file import validate
 from engine.placement import plan
 from engine.step import train_step
+from engine.tables import ShardedTable, Table
 from engine.timing import Clock
 from losses import METHODS, Method, Progress
 
@@ -50,7 +51,7 @@ def cohort_of(config: RunConfig, channels: int = 1, method: type[Method] | None 
     if method is not None:
         METHODS[method.name] = method
     placement = plan(config, dist.get_world_size(), dist.get_rank())
-    return Cohort(
+    cohort = Cohort(
         config,
         placement,
         CPU,
@@ -59,15 +60,34 @@ def cohort_of(config: RunConfig, channels: int = 1, method: type[Method] | None 
         image_size=IMAGE_SIZE,
         steps_per_epoch=STEPS_PER_EPOCH,
     )
+    cohort.prepare(torch.cat([global_batch(config, step, channels).targets for step in range(2 * STEPS_PER_EPOCH)]))
+    return cohort
+
+
+def cohort_in_double(config: RunConfig) -> Cohort:
+    """As `cohort_of`, computing and exchanging in float64 throughout. This rank does so until the end of its world."""
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    cohort = cohort_of(config)
+    cohort.exchange._wire = torch.float64
+    for optimizer in cohort.optimizers():  # the fused kernel takes its flag in float32 only
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer.param_groups[0]["fused"] = False
+    for table in cohort.method.modules():
+        if isinstance(table, Table | ShardedTable):
+            table.rows = table.rows.double()
+    return cohort
 
 
 def global_batch(config: RunConfig, step: int, channels: int = 1, size: int = IMAGE_SIZE) -> Batch:
-    """The same on every rank: noise around a pattern of the class, so that there is something to learn."""
+    """The same on every rank: noise around a pattern of the class, so that there is something to learn. The images of
+    two steps are different ones."""
     n, generator = config.data.global_batch, torch.Generator().manual_seed(1000 + step)
     targets = torch.randint(CLASSES, (n,), generator=generator)
     patterns = torch.randn(CLASSES, channels, size, size, generator=torch.Generator().manual_seed(7))
     images = patterns[targets] + 0.5 * torch.randn(n, channels, size, size, generator=generator)
-    return Batch((images.contiguous(memory_format=torch.channels_last),), targets, torch.arange(n))
+    ids = torch.arange(step * n, (step + 1) * n)
+    return Batch((images.contiguous(memory_format=torch.channels_last),), targets, ids)
 
 
 Spoil = Callable[[int, int, Tensor], None]

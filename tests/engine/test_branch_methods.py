@@ -17,7 +17,7 @@ from engine.config_file import validate
 from engine.placement import plan
 from losses import Progress
 from models.stages import plain_state
-from tests.engine.stepping import CLASSES, CPU, cohort_of, config_of, do_steps
+from tests.engine.stepping import CLASSES, CPU, cohort_in_double, cohort_of, config_of, do_steps
 from tests.engine.test_exchange import FLOAT, ROWS, Call, agreement, calls_of_a_step
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
@@ -48,15 +48,7 @@ def run(config: RunConfig, steps: int, double: bool = False) -> dict[str, torch.
     Args:
         double: compute, and exchange, in float64 throughout. This rank does so until the end of its world.
     """
-    if double:
-        torch.set_default_dtype(torch.float64)
-        torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
-    cohort = cohort_of(config)
-    if double:
-        cohort.exchange._wire = torch.float64
-        for optimizer in cohort.optimizers():  # the fused kernel takes its flag in float32 only
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-            optimizer.param_groups[0]["fused"] = False
+    cohort = cohort_in_double(config) if double else cohort_of(config)
     do_steps(cohort, range(steps))
     cohort.average_buffers()
     tensors = {f"{k}/{name}": x for k, r in cohort.residents.items() for name, x in plain_state(r.whole).items()}

@@ -230,10 +230,10 @@ def test_a_disk_that_has_room_again_gets_the_next_checkpoint(
     """Room comes and goes with the limit on file sizes, which the run itself meets when its files are synced."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(saver: Saver, standing: Standing, keep: int) -> None:
+    def save(saver: Saver, standing: Standing, keep: int, hindrance: str | None) -> None:
         saver.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if standing.step in (5, 6) else limits[0], limits[1]))
-        whole_save(saver, standing, keep)
+        whole_save(saver, standing, keep, hindrance)
 
     whole_save = Saver.save
     monkeypatch.setattr(Saver, "save", save)

@@ -48,8 +48,8 @@ class Recorder(TorchDispatchMode):
             name = function._opname.strip("_")
             if name not in ("wait_tensor", "wrap_tensor_autograd"):
                 group = _group(args)
-                # c10d's all-gather into one tensor takes (output, input), all others take their input first.
-                sent = args[1] if name == "allgather_base" else args[0]
+                # c10d's collectives from and into one tensor take (output, input), all others their input first.
+                sent = args[1] if name.endswith("_base") else args[0]
                 size = sum(x.numel() * x.element_size() for x in tree_leaves(sent))
                 self.calls.append(Call("", name, tuple(dist.get_process_group_ranks(group)), size))
         return function(*args, **(kwargs or {}))
@@ -93,8 +93,9 @@ def counted(ranks: int, placement: dict[str, Any], method: dict[str, Any] | None
 
 
 def agreement(world: int) -> Call:
-    """On whether all ranks met finite numbers: 4 bytes over the world, the only other communication of a step."""
-    return Call("optimizer", "allreduce", tuple(range(world)), FLOAT)
+    """On whether all ranks met finite numbers and none got a signal: 8 bytes over the world, the only other
+    communication of a step."""
+    return Call("optimizer", "allreduce", tuple(range(world)), 2 * FLOAT)
 
 
 # -- the instrument ---------------------------------------------------------------------------------------------------
@@ -116,8 +117,8 @@ def test_the_recorder_sees_every_collective() -> None:
     world = (0, 1, 2)
     pair = [Call("", "allgather_base", (0, 1), 20)]
     rest = [
-        Call("", "all_gather_into_tensor", world, 28),
-        Call("", "reduce_scatter_tensor", world, 84),
+        Call("", "allgather_base", world, 28),
+        Call("", "reduce_scatter_base", world, 84),
         Call("", "allreduce", world, 16),
     ]
     for rank, calls in enumerate(run_world(3, known_calls)):
@@ -194,8 +195,8 @@ def test_differentiable_adds_one_reduce_scatter_in_the_backward_pass() -> None:
     for calls, _ in run_world(3, calls_of_a_step, config, Consensus):
         size = FLOAT * ROWS * CLASSES
         assert calls == [
-            Call("exchange", "all_gather_into_tensor", (0, 1, 2), size),
-            Call("backward", "reduce_scatter_tensor", (0, 1, 2), 3 * size),
+            Call("exchange", "allgather_base", (0, 1, 2), size),
+            Call("backward", "reduce_scatter_base", (0, 1, 2), 3 * size),
             agreement(3),
         ]
 
@@ -273,3 +274,54 @@ def test_gradient_of_a_signal_is_summed_over_all_ranks_or_its_own(mode: str, fro
     for k, gradient in enumerate(run_world(3, gradients_come_back, mode)):
         owners = [k] if from_ranks is None else from_ranks
         assert torch.equal(gradient, torch.full((2, 3), float((k + 1) * sum(r + 1 for r in owners))))
+
+
+# -- all rows of the global batch -------------------------------------------------------------------------------------
+
+CLASS_IDS = torch.tensor([0, 1, 255, 256, 257, 511, 513, 767, 998, 999, 1000, 769])
+IMAGE_IDS = torch.tensor(
+    [0, 255, 256, 65_535, 65_536, 65_537, 1_281_166, 1_281_165, 999_999, 777_777, 2**31 - 1, 2**32 - 1]
+)
+
+
+def all_rows(peers: int, peers_per_rank: int, wire: torch.dtype, mode: str) -> Any:
+    """What this rank is shown of 12 rows, `wide` for all of them: of peer k, row n, column c, 100 k + n + c / 8."""
+    placement = Placement(peers, peers_per_rank, dist.get_world_size(), dist.get_rank())
+    exchange = Exchange(placement, placement.mesh("cpu").get_group("peer"), wire)
+    mine = torch.arange(12)[placement.rows(12)]
+    own = {
+        k: {
+            "logits": mine[:, None] * torch.ones(2),
+            "wide": (100.0 * k + mine)[:, None] + torch.arange(2 + k) / 8,
+        }
+        for k in placement.residents
+    }
+    shown = [
+        exchange(own, mode, private=["logits"], everywhere=["wide"], rows=(CLASS_IDS[mine], IMAGE_IDS[mine]))
+        for _ in range(2)
+    ]
+    return mine, list(placement.residents), shown[1]
+
+
+@pytest.mark.parametrize("mode", ["detached", "differentiable"])
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("ranks", "peers", "peers_per_rank"), [(1, 2, 2), (2, 2, 2), (4, 2, 2), (2, 2, 1), (4, 2, 1), (4, 4, 2)]
+)
+def test_targets_and_ids_of_all_rows_arrive_exactly(
+    ranks: int, peers: int, peers_per_rank: int, wire: torch.dtype, mode: str
+) -> None:
+    """This rank's rows first, then those of the replicas after it, round and round; bf16 has 8 digits."""
+    replicas = ranks * peers_per_rank // peers
+    for rank, (mine, residents, shown) in enumerate(run_world(ranks, all_rows, peers, peers_per_rank, wire, mode)):
+        order = torch.arange(12).roll(-(rank % replicas) * (12 // replicas))
+        assert torch.equal(order[: len(mine)], mine)
+        for k, peer in enumerate(shown):
+            assert peer["all_targets"].dtype == peer["all_ids"].dtype == torch.int64
+            assert torch.equal(peer["all_targets"], CLASS_IDS[order])
+            assert torch.equal(peer["all_ids"], IMAGE_IDS[order])
+            expected = (100.0 * k + order)[:, None] + torch.arange(2 + k) / 8
+            sent = expected if ranks == 1 else expected.to(wire).float()
+            assert torch.equal(peer["all_wide"], sent)
+            assert ("logits" in peer) == (k in residents)
+            assert torch.equal(peer["wide"], expected[: len(mine)] if k in residents else sent[: len(mine)])

@@ -235,6 +235,7 @@ def sent_at_imagenet_size() -> list[list[int]]:
             residents={placement.rank: torch.nn.ModuleDict({"network": network})},
             exchange=exchange,
             average_buffers=lambda: None,
+            everywhere=[],
             skipped=torch.zeros(1),
             images=torch.empty(0),
             targets=torch.empty(0),

@@ -144,7 +144,7 @@ def train_with_a_signal_in(config: RunConfig, function: str, step: int, preempte
     """
     launch = Launch.from_environment()
     done, sent = [0], []
-    where = trainer.checkpoint if function == "save" else trainer
+    where = trainer.Saver if function == "save" else trainer
     interrupted, train_step = getattr(where, function), trainer.train_step
 
     def interrupt(*arguments: Any, **keywords: Any) -> Any:

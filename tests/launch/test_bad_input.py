@@ -496,7 +496,10 @@ def test_config_is_a_folder(at: Path, command: Callable[..., Outcome]) -> None:
     assert command(at) == (2, "", f"error: {at}: cannot be read: Is a directory\n")
 
 
-USAGE = "usage: train.py [-h] [--print-config] [--check] [--keys] [--fresh] [CONFIG] [section.key=value ...]"
+USAGE = (
+    "usage: train.py [-h] [--print-config] [--check] [--ranks N] [--keys] [--fresh] [--preempted FILE] [CONFIG] "
+    "[section.key=value ...]"
+)
 
 
 def told(outcome: Outcome) -> tuple[int, str, str]:

@@ -10,6 +10,7 @@ from losses import METHODS
 from tests.worlds import run_world
 
 ROWS, CLASSES, FEATURES, FLOAT = 128, 1000, 2048, 4
+WIDTH, MATCH, EXITS, NUMBERED = 128, 128, 4, 8
 LOGITS = ROWS * CLASSES * FLOAT
 SPECIFIED = {
     "independent": 0,
@@ -23,11 +24,22 @@ SPECIFIED = {
     "dcm": LOGITS + ROWS * FLOAT,
     "dcl": 0,
     "codistillation": 0,
+    "mcl": ROWS * (WIDTH + NUMBERED) * FLOAT,
+    "lmcl": LOGITS + ROWS * (EXITS * (WIDTH + MATCH) + NUMBERED) * FLOAT,
 }
 
 
 def sent() -> dict[str, int]:
     return {method: bytes_a_step(method) for method in METHODS}
+
+
+def sent_in_other_forms() -> list[int]:
+    return [bytes_a_step(method, negatives="batch") for method in ("mcl", "lmcl")]
+
+
+def test_negatives_of_the_own_rank_need_no_targets_and_ids() -> None:
+    [(mcl, lmcl)] = run_world(1, sent_in_other_forms)
+    assert (SPECIFIED["mcl"] - mcl, SPECIFIED["lmcl"] - lmcl) == (ROWS * NUMBERED * FLOAT,) * 2
 
 
 def test_bytes_of_a_step_are_those_of_the_specification_and_of_the_documentation() -> None:

@@ -167,8 +167,8 @@ def test_a_job_whose_time_is_up_saves_and_goes_back_into_the_queue_until_it_is_c
     config = a_run(tiny, checkout / "run", epochs=500)
     file = on_disk(config, checkout / "run.yaml")
     quiet = ["log.every_steps=5", "evaluation.every_epochs=100", "checkpoint.every_epochs=500"]
-    # A minute is Slurm's least; the signal comes 20 s after the start, or as much earlier as Slurm likes.
-    job = submit(file, *ON_TWO_NODES, "--time=1", "--signal=USR1@35", *quiet)
+    # A minute is Slurm's least; the signal comes 25 s after the start, or as much earlier as Slurm likes.
+    job = submit(file, *ON_TWO_NODES, "--time=1", "--signal=B:USR1@35", *quiet)
     wait(lambda: int(show(job)["Restarts"]) >= 1, "the job in the queue again")
     folder = config.folder
     log = checkout / f"cohort-{job}.log"
