@@ -142,6 +142,8 @@ def _kill_torchrun(gang: Gang, rng: random.Random) -> Blow:
     gang.agent.wait()
     _gone(gang, "the end of ranks whose torchrun was killed")
     blow.found = f"no rank left after {time.monotonic() - blow.moment:.1f} s"
+    if gang.step() > blow.step + 5:  # A step or two may have been under way.
+        raise UnexpectedError(f"ranks whose torchrun was killed at step {blow.step} trained on to step {gang.step()}")
     return blow
 
 
