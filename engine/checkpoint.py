@@ -233,7 +233,7 @@ class Saver:
             if outcome:
                 shutil.rmtree(aside, ignore_errors=True)
                 self._say(f"checkpoint of step {manifest.step} not written: {outcome}; training goes on")
-            elif hindrance := _attempt(partial(_prune, self._run, keep, manifest.best)):
+            elif hindrance := _attempt(partial(_prune, self._run, keep, manifest)):
                 self._say(f"old checkpoints not removed: {hindrance}; training goes on")
         dist.barrier(self.group)  # wait() returns on no rank before the checkpoint is there.
         return not outcome
@@ -325,9 +325,10 @@ def _signature(raw: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
-def _prune(run: Path, keep: int, best: Best | None) -> None:
-    for step in steps_on_disk(run)[:-keep]:
-        if best is None or step != best.step:
+def _prune(run: Path, keep: int, newest: Manifest) -> None:
+    # Those of later steps are damaged, or the run would have gone on from them: they must push out none that is whole.
+    for step in [step for step in steps_on_disk(run) if step <= newest.step][:-keep]:
+        if newest.best is None or step != newest.best.step:
             remove(folder_of(run, step))
     for left_over in leftovers(run):  # Nothing is being written now.
         shutil.rmtree(left_over, ignore_errors=True)

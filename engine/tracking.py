@@ -85,6 +85,21 @@ def _version(package: str) -> str | None:
         return None
 
 
+class _Stderr:
+    """stderr; what it does not take is lost: the log of a job may lie on the disk that is full."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
 class Tracker:
     """Writes what a run measures. A step is written once: what a killed run wrote after its checkpoint is cut off."""
 
@@ -96,7 +111,9 @@ class Tracker:
         self._size, self._unwritten = len(text), ""
         self._wandb = _start_wandb(config, step)
         self._exit_code = 0
+        self._stderr = _Stderr()
         self._bar = tqdm(
+            file=self._stderr,
             total=steps,
             initial=step,
             desc=config.title,
@@ -149,7 +166,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
-        self._bar.write(text, file=sys.stderr)
+        self._bar.write(text, file=self._stderr)
 
     def alert(self, title: str, text: str) -> None:
         """Prints a line about something that a person should look at, and has wandb tell of it."""

@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from engine import config_file as configuration
 from engine import report
 from engine.collectives import Launch
+from engine.preemption import end_with_parent
 from engine.preflight import check
 from engine.trainer import train
 from launch.entry import parser, user_errors
@@ -38,6 +39,8 @@ the signal itself.
 @record
 def main() -> None:
     """The command."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     arguments = parser(__doc__ or "", EPILOG)
     arguments.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as those in configs/")
     arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")

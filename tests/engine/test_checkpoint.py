@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -98,6 +100,23 @@ def test_a_checkpoint_that_is_there_but_damaged_is_replaced(tiny: Path, run: Pat
     assert checkpoint.verify(checkpoint.folder_of(run, 10)).step == 10
 
 
+def save_step_5(config: RunConfig) -> None:
+    saver = Saver(config.folder, a_cohort(config), print)
+    saver.save(Standing(5, None, 0, {}, 0), keep=1)
+    saver.wait()
+    saver.close()
+
+
+def test_a_damaged_one_of_a_later_step_pushes_out_none_that_is_whole(tiny: Path, run: Path) -> None:
+    """A run that went on from before a damaged checkpoint may save, at a signal, before it has replaced it."""
+    (checkpoint.folder_of(run, 10) / PEER).write_bytes(b"")
+    shutil.rmtree(checkpoint.folder_of(run, 9))
+    run_world(1, save_step_5, a_run(tiny, run))
+    manifest, damaged = checkpoint.newest(run)
+    assert manifest is not None
+    assert (manifest.step, len(damaged)) == (5, 1)
+
+
 # -- disks that are full or slow --------------------------------------------------------------------------------------
 
 
@@ -105,6 +124,18 @@ def not_written(said: str) -> list[tuple[int, str]]:
     """The steps whose checkpoints were not written, and what was said of each."""
     lines = re.findall(r"^checkpoint of step (\d+) not written: (.*); training goes on$", said, re.MULTILINE)
     return [(int(step), reason) for step, reason in lines]
+
+
+def test_training_goes_on_where_the_log_is_on_the_full_disk_too(
+    tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        train_here(a_run(tiny, tmp_path, log={"progress": True}))
+    with contextlib.suppress(OSError):  # of what it has not taken
+        full.close()
+    assert numbers(tmp_path) == numbers(whole)
 
 
 def test_training_goes_on_where_checkpoints_is_a_file(
@@ -149,7 +180,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_training_goes_on(
     failures = not_written(said)
     assert [step for step, _ in failures] == [5, 6, 9, 10]
     for step, reason in failures:  # Of two ranks, which fill the disk together, either may meet its end.
-        pattern = rf"{run}/checkpoints/step_{step:08d}\.tmp/peer_cifar_resnet8_b-[01]\.pt: No space left on device"
+        pattern = (
+            rf"{run}/checkpoints/step_{step:08d}\.tmp/(peer_cifar_resnet8_b-[01]|shared)\.pt: No space left on device"
+        )
         assert re.fullmatch(pattern, reason)
     assert read_metrics(run)[-1]["step"] == 10
     assert [path.name for path in small_disk.iterdir()] == ["step_00000003"]

@@ -15,12 +15,12 @@ import torch
 from engine import checkpoint, trainer
 from engine.collectives import Launch
 from engine.config import RunConfig
-from engine.preemption import Preemption
+from engine.preemption import Preemption, end_with_parent
 from engine.tracking import read_metrics
 from engine.trainer import train
 from tests.kills import assert_same_state, chance, final_state, last_step, numbers, running, state_of
 from tests.runs import small_run, train_here
-from tests.worlds import run_ranks
+from tests.worlds import _context, run_ranks
 
 STEPS = 20
 
@@ -217,3 +217,27 @@ def test_handlers_are_those_of_before_afterwards() -> None:
     with Preemption(torch.device("cpu")).listening():
         assert signal.getsignal(signal.SIGUSR1) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)] == before
+
+
+def leave_a_child(note: Path) -> None:
+    """Forks a process that ends with this one, which then waits to be killed."""
+    if os.fork() == 0:
+        end_with_parent()
+        note.write_text(f"{os.getpid()}\n")
+    time.sleep(120)
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    parent = _context().Process(target=leave_a_child, args=(tmp_path / "note",))
+    parent.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "note").exists() or not (tmp_path / "note").read_text().endswith("\n"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    status = Path(f"/proc/{(tmp_path / 'note').read_text().strip()}/status")
+    assert "State:\tZ" not in status.read_text()
+    parent.kill()
+    parent.join()
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.01)

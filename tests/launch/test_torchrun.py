@@ -178,3 +178,22 @@ def test_a_rank_that_stopped_is_named_before_the_others_give_up(run: tuple[RunCo
         assert agent.process.wait(90) == 1
     assert "RankLostError: rank 0 of 2, " in agent.text()
     assert checkpoint.newest(config.folder)[0] is not None
+
+
+def test_no_rank_outlives_a_torchrun_that_was_killed(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    """It would write into the folder beside those that are started in its place."""
+    config, file = run
+    agent = Agent(tmp_path / "output", file, *ALONE, "--nproc-per-node=2")
+    with agents(agent):
+        wait(lambda: last_step(config.folder) >= 20, agent)
+        workers = agent.workers().values()
+        agent.process.kill()
+        agent.process.wait()
+        # What has ended has no command line, whether somebody has asked for its exit code or not.
+        wait(lambda: not any(command(pid) for pid in workers), agent)
+
+
+def command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
