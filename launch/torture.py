@@ -68,8 +68,12 @@ EVERY = 10
 STEPS_PER_EPOCH = 100
 """12,000 images in batches of 120, which 1 to 4 ranks divide."""
 
-WEIGHTS, LINES = 1e-5, 1e-3
-"""Relative tolerances where the number of ranks changes; the small divergences of peers are differences of losses."""
+WEIGHTS, MOMENTS, LINES = 1e-5, 1e-4, 1e-3
+"""Relative tolerances where the number of ranks changes. A gradient near an optimum is a small difference of large
+numbers, and so is the divergence of peers that agree."""
+
+COUNTED, IMAGES = ("top1", "top5", "disagreement"), 0.11
+"""There, figures that count images may differ by so many percent: two of 2,000, whose two best classes are as near."""
 
 
 def main() -> None:
@@ -297,24 +301,24 @@ def _difference(
     for number, (line, other) in enumerate(zip(found, wanted, strict=False), 1):
         for key in ["step", *sorted(line.keys() | other.keys())]:
             one, two = line.get(key), other.get(key)
-            if key.startswith("speed/") or one == two:
-                continue
-            near = (
-                isinstance(one, float)
-                and isinstance(two, float)
-                and math.isclose(one, two, rel_tol=LINES, abs_tol=1e-5)
-            )
-            if exact or key == "step" or not near:
+            if not key.startswith("speed/") and one != two and (exact or not _near(key, one, two)):
                 return f"metrics.jsonl, line {number}: {key} is {one}, expected {two}"
     return None
+
+
+def _near(key: str, one: Any, two: Any) -> bool:
+    floats = isinstance(one, float) and isinstance(two, float)
+    return floats and math.isclose(one, two, rel_tol=LINES, abs_tol=IMAGES if key.endswith(COUNTED) else 1e-5)
 
 
 def _verdicts(folder: Path, config: RunConfig, exact: bool) -> Iterator[tuple[str, str | None]]:
     """Each claim, and what is wrong with it."""
     run, undisturbed = folder / "disturbed", folder / "undisturbed"
-    how = "equal to the last bit" if exact else f"equal to {WEIGHTS:g}"
-    problem = _state_difference(_final(undisturbed), _final(run), 0.0 if exact else WEIGHTS)
-    yield f"weights, moments and averages of all peers: {how}", problem
+    how = "equal to the last bit" if exact else f"equal to {WEIGHTS:g}, moments to {MOMENTS:g}"
+    yield (
+        f"weights, moments and averages of all peers: {how}",
+        _state_difference(_final(undisturbed), _final(run), exact),
+    )
     lines = read_metrics(undisturbed)
     how = "bit for bit" if exact else f"to {LINES:g}"
     problem = _difference(lines, read_metrics(run), exact)
@@ -344,13 +348,14 @@ def _final(run: Path) -> dict[str, Any]:
     return flat
 
 
-def _state_difference(wanted: dict[str, Any], found: dict[str, Any], relative: float) -> str | None:
-    """Tensors may differ in norm by that much, other values not at all."""
-    for key in wanted.keys() | found.keys():
+def _state_difference(wanted: dict[str, Any], found: dict[str, Any], exact: bool) -> str | None:
+    """Tensors may differ in norm to tolerance, other values not at all."""
+    for key in sorted(wanted.keys() | found.keys()):
         one, two = found.get(key), wanted.get(key)
+        relative = 0.0 if exact else MOMENTS if "/optimizer/" in key else WEIGHTS
         if isinstance(one, Tensor) and isinstance(two, Tensor) and one.shape == two.shape:
             off = float((one.double() - two.double()).norm())
-            if off > relative * float(two.double().norm()) or (relative == 0 and not torch.equal(one, two)):
+            if off > relative * float(two.double().norm()) or (exact and not torch.equal(one, two)):
                 return f"{key}: off by {off:.1e} in norm"
         elif isinstance(one, Tensor) or isinstance(two, Tensor) or one != two:
             return f"{key}: {one} instead of {two}"

@@ -68,15 +68,22 @@ def test_rounding_in_the_metrics_is_a_difference_on_the_same_ranks_only() -> Non
     assert _difference(LINES, rounded, exact=True) is not None
 
 
+def test_two_images_of_2000_are_a_difference_on_the_same_ranks_only() -> None:
+    wanted = [{"step": 1, "val/peer-0/top1": 35.0}]
+    for top1, exact, differs in ((35.1, False, False), (35.15, False, True), (35.05, True, True)):
+        found = [{"step": 1, "val/peer-0/top1": top1}]
+        assert (_difference(wanted, found, exact) is not None) == differs
+
+
 def test_a_bit_of_a_weight_is_noticed() -> None:
     wanted: dict[str, Any] = {"step": 5, "peer_a.pt/network/w": torch.ones(3)}
     other = {**wanted, "peer_a.pt/network/w": torch.tensor([1.0, 1.0, 1.0 + 2**-23])}
-    assert _state_difference(wanted, copy.deepcopy(wanted), 0.0) is None
-    assert _state_difference(wanted, other, 0.0) == "peer_a.pt/network/w: off by 1.2e-07 in norm"
-    assert _state_difference(wanted, other, 1e-5) is None
-    assert _state_difference(wanted, {**wanted, "peer_a.pt/network/w": torch.full((3,), 1.01)}, 1e-5) is not None
-    assert _state_difference(wanted, {**wanted, "step": 6}, 1e-5) == "step: 6 instead of 5"
-    assert _state_difference(wanted, {"step": 5}, 1e-5) is not None
+    assert _state_difference(wanted, copy.deepcopy(wanted), exact=True) is None
+    assert _state_difference(wanted, other, exact=True) == "peer_a.pt/network/w: off by 1.2e-07 in norm"
+    assert _state_difference(wanted, other, exact=False) is None
+    assert _state_difference(wanted, {**wanted, "peer_a.pt/network/w": torch.full((3,), 1.01)}, exact=False) is not None
+    assert _state_difference(wanted, {**wanted, "step": 6}, exact=False) == "step: 6 instead of 5"
+    assert _state_difference(wanted, {"step": 5}, exact=False) is not None
 
 
 @pytest.mark.parametrize(
