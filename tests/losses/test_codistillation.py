@@ -99,6 +99,7 @@ def after(method: Method, step: int, peer: nn.Module, others: Mapping[int, nn.Mo
             residents={0: nn.ModuleDict({"network": peer})},
             exchange=exchange,
             average_buffers=lambda: None,
+            everywhere=[],
             skipped=torch.zeros(1),
             images=torch.empty(0),
             targets=torch.empty(0),
