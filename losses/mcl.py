@@ -38,8 +38,8 @@ class Contrastive(Method):
 
     def __init__(self, options: ContrastiveOptions, peers: Sequence[PeerInfo]) -> None:
         super().__init__(options, peers)
-        # Drawn with the method's initial weights, so a function of the run's seed; on the CPU even where a method is only
-        # tried, without memory for its weights.
+        # Drawn with the method's initial weights, so a function of the run's seed; on the CPU even where a method is
+        # only tried, without memory for its weights.
         first, second = torch.randint(2**32, (2,), device="cpu").tolist()
         self._key = first, second
         # Banks are constant, so that peers matter to each other as teachers only.
