@@ -185,8 +185,8 @@ def objective(options: argparse.Namespace) -> None:
 
 
 def _needed(batch: int) -> float:
-    """Gathered rows of four matrices for each of the pairs, which autograd keeps, and half as much again."""
-    return 1.5 * 4 * _PEERS * (_PEERS - 1) * _STAGES**2 * batch * (_NEGATIVES + 2) * _WIDTH * 4
+    """Gathered rows of four matrices for each of the pairs, which autograd keeps, and a tenth more."""
+    return 1.1 * 4 * _PEERS * (_PEERS - 1) * _STAGES**2 * batch * (_NEGATIVES + 2) * _WIDTH * 4
 
 
 def _fits(name: str, batch: int, device: torch.device) -> bool:

@@ -60,7 +60,8 @@ def test_exported_timm_network_loads_without_the_project(run: Path, tmp_path: Pa
     )
     with torch.inference_mode():
         expected = models.load_network(tmp_path / "timms.json")(images)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    # Not to the last bit: the two processes may split their sums among other numbers of threads.
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_card_tells_what_a_user_of_the_network_needs(run: Path) -> None:
