@@ -276,6 +276,22 @@ def training_step(options: argparse.Namespace) -> None:
     print(f"  lmcl / two alone: {once:.2f}")
     print(f"  an outer step costs {every:.1f} steps of lmcl: every 50 steps {100 * every / 50:.0f} %, every 500")
     print(f"  {100 * every / 500:.1f} %; with one every 50: {once * (1 + every / 50):.2f} of two alone")
+    _print_kernels(variants["lmcl, outer step every time"][0])
+
+
+def _print_kernels(step: Objective) -> None:
+    """Where an outer step spends its time: the operators that take most, and the nodes of the backward passes."""
+    with torch.profiler.profile() as profile:
+        step()
+    events = profile.key_averages()
+    cuda = torch.cuda.is_available()
+    own = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
+    total = sum(own.values())
+    largest = sorted(own, key=own.__getitem__, reverse=True)[:6]
+    print("  with an outer step: " + ", ".join(f"{key} {100 * own[key] / total:.0f} %" for key in largest))
+    whole = {e.key: e.device_time_total if cuda else e.cpu_time_total for e in events if e.key.endswith("Backward0")}
+    nodes = sorted((key for key in whole if not key.startswith("autograd::")), key=whole.__getitem__, reverse=True)[:4]
+    print("  of it in: " + ", ".join(f"{key} {100 * whole[key] / total:.0f} %" for key in nodes))
 
 
 def _stepper(
@@ -301,6 +317,7 @@ def _stepper(
     count = iter(range(1 << 62))
 
     def step() -> Tensor:
+        clock.restart()
         return train_step(cohort, [batch], Progress(next(count), 1000, 1), clock)[1]
 
     return step, clock
