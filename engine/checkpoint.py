@@ -48,7 +48,8 @@ PATIENCE = 5.0
 """Seconds that training waits for a slow disk before it says so."""
 
 WRITE_TIMEOUT = timedelta(minutes=30)
-"""How long a rank that has written its files waits for one that has not."""
+"""How long a rank that has written its files waits for one that has not; after the first step `train.timeout`, or the
+ranks that are left could not end where one hangs in the middle of a save."""
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _Count = Annotated[int, Field(ge=0, lt=2**63)]

@@ -67,13 +67,13 @@ def start(launch: Launch, device: torch.device) -> None:
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=FIRST_STEP_TIMEOUT)
 
 
-def limit_waiting(seconds: float, but: dist.ProcessGroup | None = None) -> None:
+def limit_waiting(seconds: float) -> None:
     """From now on a collective of any group fails if it takes longer. To be called by all ranks together.
 
-    All groups that this rank is in so far are meant, `but` one, DeviceMesh's too; a later one has a limit of its own.
+    All groups that this rank is in so far are meant, DeviceMesh's too; a later one has a limit of its own.
     """
     dist.barrier()
-    for group in dist.distributed_c10d._world.pg_map.keys() - {but}:
+    for group in list(dist.distributed_c10d._world.pg_map):
         if hasattr(dist, "set_timeout"):
             dist.set_timeout(timedelta(seconds=seconds), group)
         else:  # before torch 2.13

@@ -234,7 +234,7 @@ class _Run:
                     )
                     self.meter.add(terms, skipped)
                     if not self._limited:
-                        limit_waiting(self.config.train.timeout, but=self.saver.group)
+                        limit_waiting(self.config.train.timeout)
                         self._limited = True
                     if self.step + 1 < self.steps:
                         self.stopped_by = self._preemption.agreed(self.cohort.stop)
