@@ -21,7 +21,7 @@ from tests.kills import assert_same_state, final_state, last_step, numbers
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 ON_TWO_NODES = ["--nodes=2", "--cpus-per-task=1", "--gpus-per-node=0"]
