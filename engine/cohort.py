@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -25,14 +25,13 @@ from engine.exchange import Exchange
 from engine.gradients import scale_gradient
 from engine.meeting import Meeting
 from engine.optim import make_optimizer, make_schedule, set_weight_decay
+from engine.outline import Outline, outline
 from engine.placement import Placement
 from engine.randomness import before_forward, initialisation
 from engine.tables import make_table
 from engine.teacher import Teacher
-from losses import METHODS, Method, MethodOptions, OuterStep, PeerInfo, Progress, Signals, Terms
-from models import heads
-from models.stages import Joined, Stage, Taps, cut, stages
-from models.weightless import weightless
+from losses import METHODS, OuterStep, Progress, Signals, Terms
+from models.stages import Joined, Taps, cut
 
 _M = TypeVar("_M", bound=nn.Module)
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -469,66 +468,6 @@ class Cohort:
                 flat = _flat(buffers)
                 dist.all_reduce(flat, group=group)
                 _fill(buffers, flat / group.size())
-
-
-@dataclass(frozen=True)
-class Outline:
-    """Of one peer: what the method may know, and the submodules to tap and to cut after."""
-
-    info: PeerInfo
-    taps: Mapping[str, str]
-    inputs: Mapping[str, str]
-    trunk: str | None
-
-
-def outline(
-    config: RunConfig,
-    index: int,
-    num_classes: int,
-    channels: int,
-    image_size: int,
-    network: Callable[[], nn.Module],
-) -> Outline:
-    """What a method wants to know of a peer, found without memory for its weights, wherever the peer lives.
-
-    Args:
-        config: of the run.
-        index: of the peer.
-        num_classes: of the data, whose images have `channels` and are `image_size` pixels wide.
-        network: builds the peer's network once more.
-
-    Raises:
-        ValueError: the network has no stages, or not those that the method wants.
-    """
-    peer, options, method = config.cohort[index][1], config.method, METHODS[config.method.name]
-    auxiliary = partial(heads.auxiliary, peer.network, peer.options, num_classes, channels, image_size)
-    info = PeerInfo(index, num_classes, 0, (), auxiliary, heads.Projection, network)
-    shows_more = set(method.signals) - {"logits", "teacher"}
-    looks_inside = method.head is not Method.head or looks_at_stages(method, options) or shows_more
-    if not looks_inside:
-        return Outline(info, {}, {}, None)
-    with weightless(peer.network):
-        whole = models.create(peer.network, num_classes, channels, **peer.options)
-    classifier, width = models.pooled_features(whole)
-    found: list[Stage] = []
-    if looks_at_stages(method, options):
-        found = stages(whole, channels, image_size)
-    taps = {f"stage{j}": found[j - 1].module for j in method.taps(options, len(found))}
-    trunk = method.trunk(options, len(found))
-    if trunk is not None and trunk >= len(found):
-        raise ValueError(f"the peers would share {trunk} stages of {len(found)}, and have none of their own")
-    return Outline(
-        replace(info, num_features=width, stages=tuple((stage.channels, stage.side) for stage in found)),
-        taps,
-        {"features": classifier},
-        None if trunk is None else found[trunk - 1].module,
-    )
-
-
-def looks_at_stages(method: type[Method], options: MethodOptions) -> bool:
-    """Whether a method wants feature maps or a trunk, which not every network has."""
-    # A bound classmethod is made anew each time that it is looked at; the function behind it is one.
-    return method.taps.__func__ is not Method.taps.__func__ or method.trunk(options, 3) is not None  # type: ignore[attr-defined]
 
 
 def _has(network: nn.Module, path: str) -> bool:

@@ -14,13 +14,13 @@ import data_pipelines
 import models
 from data_pipelines import DataConfig
 from engine import checkpoint, rollback
-from engine.cohort import looks_at_stages, outline
 from engine.collectives import Launch, choose_device
 from engine.config import ConfigError, PeerConfig, RunConfig
 from engine.config_file import load
 from engine.identity import differences, identity
 from engine.meeting import foreign, path_of
 from engine.optim import check_optimizer
+from engine.outline import looks_at_stages, outline
 from engine.placement import Placement, plan
 from losses import METHODS, PeerInfo
 from models.weightless import weightless

@@ -26,8 +26,8 @@ from engine.placement import plan
 from engine.step import train_step
 from engine.tables import make_table
 from engine.timing import Clock
-from losses import METHODS, PeerInfo, Progress
-from losses.lmcl import LMCLOptions
+from losses import PeerInfo, Progress
+from losses.lmcl import LMCL, LMCLOptions
 from losses.memory import Memory
 from models.heads import Projection
 
@@ -60,7 +60,7 @@ class _Shapes(nn.Module):
 
 def ours(shapes: _Shapes) -> Objective:
     """The objective of `losses/lmcl.py`, draws of positives and negatives included."""
-    method = METHODS["lmcl"](shapes.options, [PeerInfo(k, _CLASSES, _FEATURES, (), *[None] * 3) for k in range(_PEERS)])  # type: ignore[arg-type]
+    method = LMCL(shapes.options, [PeerInfo(k, _CLASSES, _FEATURES, (), *[None] * 3) for k in range(_PEERS)])  # type: ignore[arg-type]
     method.memory = shapes.memory
 
     def step() -> Tensor:
@@ -75,8 +75,8 @@ def ours(shapes: _Shapes) -> Objective:
                 {"embeddings": torch.stack(embeddings, 1), "match": torch.stack(match, 1), "all_ids": shapes.ids}
             )
         everyone = range(_PEERS)
-        weights = method._weights(everyone, signals)  # type: ignore[operator]
-        terms = method._contrast(everyone, signals, shapes.targets, Progress(7, 1000, 1), weights)  # type: ignore[operator]
+        weights = method.weights(everyone, signals)
+        terms = method.contrast(everyone, signals, shapes.targets, Progress(7, 1000, 1), weights)
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         return loss.detach()

@@ -123,14 +123,14 @@ class LMCL(Contrastive):
             terms[i, "ce_aggregate"] = cross_entropy(signals[i]["aggregate"], targets)
             terms[i, "kd"] = torch.stack([distillation(last, a, self.options.temperature) for a in aggregates]).sum()
         with torch.no_grad():
-            weights = self._weights(residents, signals)
-        return terms | self._contrast(residents, signals, targets, progress, weights)
+            weights = self.weights(residents, signals)
+        return terms | self.contrast(residents, signals, targets, progress, weights)
 
     def _classify(self, own: Signals, targets: Tensor) -> Tensor:
         """sum_s CE(z_s, y)."""
         return torch.stack([cross_entropy(z, targets) for z in own["exits"].unbind(1)]).sum()
 
-    def _weights(self, residents: Sequence[int], signals: Sequence[Signals]) -> dict[Pair, Tensor]:
+    def weights(self, residents: Sequence[int], signals: Sequence[Signals]) -> dict[Pair, Tensor]:
         """w [S_i, S_j, N] of each resident i and each other peer j."""
         return {
             (i, j): torch.einsum("nsd,nzd->szn", signals[i]["match"], signals[j]["match"]).sigmoid()
@@ -139,7 +139,7 @@ class LMCL(Contrastive):
             if j != i
         }
 
-    def _contrast(
+    def contrast(
         self,
         residents: Sequence[int],
         signals: Sequence[Signals],
@@ -147,6 +147,8 @@ class LMCL(Contrastive):
         progress: Progress,
         weights: Mapping[Pair, Tensor],
     ) -> Terms:
+        """The weighted contrastive terms of the residents, 2 included; arguments as for `forward`, `weights` as given
+        back by the method of that name."""
         own_bank = self.options.vcl_bank == "own"
         rows = self.rows(residents, signals, targets, progress, own_bank=own_bank)
         return {key: 2 * term for key, term in totals(rows, weights, self.options).items()}
@@ -164,8 +166,8 @@ class LMCL(Contrastive):
         residents = list(outer.parameters)
 
         def inner(signals: Sequence[Signals]) -> Tensor:
-            weights = self._weights(residents, signals)
-            terms = self._contrast(residents, signals, outer.targets, outer.progress, weights)
+            weights = self.weights(residents, signals)
+            terms = self.contrast(residents, signals, outer.targets, outer.progress, weights)
             return torch.stack(list(terms.values())).sum()
 
         def outermost(signals: Sequence[Signals]) -> Tensor:
