@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+ROOMS = ("data_pipelines", "engine", "launch", "losses", "models")
 
 setup(
     name="cohort",
@@ -12,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["data_pipelines", "engine", "launch", "losses", "models"],
+    packages=find_packages(include=[f"{room}{below}" for room in ROOMS for below in ("", ".*")]),
     package_data={"data_pipelines": ["fashion_mnist_subset/*"]},
     install_requires=[
         "matplotlib",

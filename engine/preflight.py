@@ -13,15 +13,15 @@ import torch
 import data_pipelines
 import models
 from data_pipelines import DataConfig
-from engine import checkpoint, rollback
-from engine.collectives import Launch, choose_device
+from engine.cohort.optim import check_optimizer
+from engine.cohort.outline import looks_at_stages, outline
 from engine.config import ConfigError, PeerConfig, RunConfig
-from engine.config_file import load
-from engine.identity import differences, identity
-from engine.meeting import foreign, path_of
-from engine.optim import check_optimizer
-from engine.outline import looks_at_stages, outline
-from engine.placement import Placement, plan
+from engine.config.identity import differences, identity
+from engine.config.loading import load
+from engine.ranks.collectives import Launch, choose_device
+from engine.ranks.meeting import foreign, path_of
+from engine.ranks.placement import Placement, plan
+from engine.safety import checkpoint, rollback
 from losses import METHODS, PeerInfo
 from models.weightless import weightless
 

@@ -18,24 +18,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipelines import DataError, Pipeline, open_pipeline
-from engine import checkpoint, rollback
-from engine.checkpoint import Best, Manifest, Saver, Standing
-from engine.cohort import Cohort
-from engine.collectives import Launch, choose_device, limit_waiting, record_flights, start
+from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
-from engine.evaluation import evaluate_cohort, survey
 from engine.files import write_json, write_text
-from engine.guards import check_same_rows, check_same_weights
-from engine.health import CODES, EXPLAINED, Collapse, LossWatch, Spike, collapsed, trouble, without_gradient
-from engine.heartbeat import heartbeat
-from engine.meter import Meter, Reading
-from engine.placement import Placement
-from engine.preemption import Preemption
 from engine.preflight import check
-from engine.rollback import GoBack, Rollback
-from engine.step import settle, train_step
-from engine.timing import Clock
-from engine.tracking import Tracker, record_start
+from engine.ranks.collectives import Launch, choose_device, limit_waiting, record_flights, start
+from engine.ranks.heartbeat import heartbeat
+from engine.ranks.placement import Placement
+from engine.reporting.tracking import Tracker, record_start
+from engine.safety import checkpoint, rollback
+from engine.safety.checkpoint import Best, Manifest, Saver, Standing
+from engine.safety.health import CODES, EXPLAINED, Collapse, LossWatch, Spike, collapsed, trouble, without_gradient
+from engine.safety.preemption import Preemption
+from engine.safety.rollback import GoBack, Rollback
+from engine.training.evaluation import evaluate_cohort, survey
+from engine.training.guards import check_same_rows, check_same_weights
+from engine.training.meter import Meter, Reading
+from engine.training.step import settle, train_step
+from engine.training.timing import Clock
 from losses import Progress
 
 

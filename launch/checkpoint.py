@@ -23,11 +23,11 @@ from typing import Any
 
 from torch import Tensor
 
-from engine import checkpoint
-from engine.checkpoint import CheckpointError
-from engine.collectives import Launch
 from engine.config import ConfigError
-from engine.tracking import read_metrics
+from engine.ranks.collectives import Launch
+from engine.reporting.tracking import read_metrics
+from engine.safety import checkpoint
+from engine.safety.checkpoint import CheckpointError
 from launch.entry import parser, user_errors
 from launch.run_folder import choose_step
 

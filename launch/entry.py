@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from data_pipelines import DataError
-from engine.checkpoint import CheckpointError
-from engine.collectives import Launch
 from engine.config import ConfigError
+from engine.ranks.collectives import Launch
+from engine.safety.checkpoint import CheckpointError
 from engine.trainer import TrainingDivergedError
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipelines import open_pipeline
-from engine import checkpoint
-from engine.cohort import Cohort
-from engine.collectives import Launch, choose_device, start
-from engine.evaluation import evaluate_cohort
+from engine.cohort.cohort import Cohort
 from engine.files import write_json
-from engine.placement import plan
 from engine.preflight import check_data
+from engine.ranks.collectives import Launch, choose_device, start
+from engine.ranks.placement import plan
+from engine.safety import checkpoint
+from engine.training.evaluation import evaluate_cohort
 from launch.entry import parser, user_errors
 from launch.run_folder import open_run
 

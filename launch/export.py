@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 import models
-from engine import checkpoint
-from engine.collectives import Launch
 from engine.config import ConfigError, PeerConfig, RunConfig
-from engine.tracking import read_metrics
+from engine.ranks.collectives import Launch
+from engine.reporting.tracking import read_metrics
+from engine.safety import checkpoint
 from launch.entry import parser, user_errors
 from launch.run_folder import open_run
 

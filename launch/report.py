@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine import report
-from engine.collectives import Launch
 from engine.files import write_text
+from engine.ranks.collectives import Launch
+from engine.reporting import report
 from launch.entry import parser, user_errors
 
 

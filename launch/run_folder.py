@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine import checkpoint, config_file
-from engine.checkpoint import CheckpointError, Manifest
 from engine.config import ConfigError, RunConfig
+from engine.config import loading as config_file
+from engine.safety import checkpoint
+from engine.safety.checkpoint import CheckpointError, Manifest
 
 
 def open_run(run: Path, which: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, Manifest]:

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from engine import config_file as configuration
-from engine import report
-from engine.collectives import Launch
-from engine.preemption import end_with_parent
+from engine.config import loading as configuration
 from engine.preflight import check
+from engine.ranks.collectives import Launch
+from engine.reporting import report
+from engine.safety.preemption import end_with_parent
 from engine.trainer import train
 from launch.entry import parser, user_errors
 

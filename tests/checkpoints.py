@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint import read_state
 from engine.config import RunConfig
 from engine.files import digest
+from engine.safety.checkpoint import read_state
 from tests.runs import small_run
 
 PEER = "peer_cifar_resnet8_b-1.pt"

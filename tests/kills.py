@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from engine import checkpoint
 from engine.config import RunConfig
-from engine.tracking import read_metrics
+from engine.reporting.tracking import read_metrics
+from engine.safety import checkpoint
 from tests.runs import train_here
 from tests.worlds import _context, _rank
 

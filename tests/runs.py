@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from engine import checkpoint
-from engine.collectives import Launch
 from engine.config import RunConfig
-from engine.config_file import validate
+from engine.config.loading import validate
+from engine.ranks.collectives import Launch
+from engine.safety import checkpoint
 from engine.trainer import train
 
 

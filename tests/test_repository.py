@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config_file import load
+from engine.config.loading import load
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(

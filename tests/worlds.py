@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.collectives import Launch, start
+from engine.ranks.collectives import Launch, start
 
 
 @functools.cache

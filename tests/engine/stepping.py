@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipelines import Batch
-from engine.cohort import Cohort
+from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
-from engine.config_file import validate
-from engine.placement import plan
-from engine.step import train_step
-from engine.tables import ShardedTable, Table
-from engine.timing import Clock
+from engine.config.loading import validate
+from engine.ranks.placement import plan
+from engine.ranks.tables import ShardedTable, Table
+from engine.training.step import train_step
+from engine.training.timing import Clock
 from losses import METHODS, Method, Progress
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from launch.bench import bytes_a_step
+from launch.bench.bytes import bytes_a_step
 from losses import METHODS
 from tests.worlds import run_world
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint
-from engine.checkpoint import Best
+from engine.safety import checkpoint
+from engine.safety.checkpoint import Best
 from tests.checkpoints import PEER, a_run, change_state
 from tests.launch.command import run_command
 from tests.runs import train_here

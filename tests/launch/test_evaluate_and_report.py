@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.tracking import read_metrics
+from engine.reporting.tracking import read_metrics
 from tests.launch.command import run_command
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks

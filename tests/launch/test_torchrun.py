@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import checkpoint
 from engine.config import RunConfig
-from engine.config_file import dump
+from engine.config.loading import dump
+from engine.safety import checkpoint
 from tests.kills import assert_same_state, final_state, last_step, numbers
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks

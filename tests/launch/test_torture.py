@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.disturbances import KINDS
-from launch.torture import EVERY, _dealt, _difference, _moments, _state_difference
+from launch.torture.disturbances import KINDS
+from launch.torture.experiment import EVERY, _dealt, _difference, _moments, _state_difference
 from tests.launch.command import run_command
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("ranks", [["3"], ["3", "1", "2", "4"]], ids=["3 ranks", "1 to 4 ranks"])
 def test_a_run_that_is_disturbed_ends_as_the_undisturbed_one(tmp_path: Path, ranks: list[str]) -> None:
     seed = random.SystemRandom().randrange(10**6)
-    command = [sys.executable, "launch/torture.py", "--kills", "5", "--seed", str(seed), "--ranks", *ranks]
+    command = [sys.executable, "launch/torture", "--kills", "5", "--seed", str(seed), "--ranks", *ranks]
     done = subprocess.run([*command, "--folder", str(tmp_path / "runs")], cwd=ROOT, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

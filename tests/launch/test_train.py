@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine import checkpoint, trainer
-from engine.config_file import describe, load
-from engine.tracking import read_metrics
+from engine import trainer
+from engine.config.loading import describe, load
+from engine.reporting.tracking import read_metrics
+from engine.safety import checkpoint
 from launch.train import main
 from tests.engine.test_tracking import wandb_records
 from tests.kills import assert_same_state, final_state, numbers

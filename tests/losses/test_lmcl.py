@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import models
-from engine.tables import make_table
+from engine.ranks.tables import make_table
 from losses import OuterStep, PeerInfo, Progress, Terms
 from losses.lmcl import LMCL, Exits, LMCLOptions, hypergradient
 from losses.mcl import MCL, MCLOptions

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.tables import make_table
+from engine.ranks.tables import make_table
 from losses import METHODS, AfterStep, Progress, Terms
 from losses.mcl import MCL, MCLOptions
 from tests.losses.contrastive import (

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipelines.order import part
-from engine.tables import make_table
+from engine.ranks.tables import make_table
 from losses.contrast import ContrastiveOptions, rows_in_memory, totals
 from losses.memory import Memory
 from tests.losses.contrastive import FromMemory, added, assert_same, leaves, of_anchors, unit_rows, weights
@@ -220,7 +220,7 @@ def test_banks_in_bf16() -> None:
 
 
 def test_only_the_banks_are_saved() -> None:
-    """Apart from what all peers share, see `engine.tables.parts`."""
+    """Apart from what all peers share, see `engine.ranks.tables.parts`."""
     assert not memory(2).state_dict()
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from engine.config import RunConfig
-from engine.config_file import dump, load
-from engine.tracking import read_metrics
+from engine.config.loading import dump, load
+from engine.reporting.tracking import read_metrics
 from tests.kills import assert_same_state, final_state, last_step, numbers
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks

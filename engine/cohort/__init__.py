@@ -1,0 +1,1 @@
+"""What learns: peers with their heads, the method, optimisers, averages, random streams."""

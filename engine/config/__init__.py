@@ -1,0 +1,5 @@
+"""What a run is: its keys, files and overrides, and which run a config is of."""
+
+from engine.config.schema import ConfigError, HealthConfig, OptimizerConfig, PeerConfig, RunConfig, ScheduleConfig
+
+__all__ = ["ConfigError", "HealthConfig", "OptimizerConfig", "PeerConfig", "RunConfig", "ScheduleConfig"]

@@ -1,0 +1,156 @@
+"""Which rank does not answer: every rank says every second where it is, in the store that the world met in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from engine.ranks.collectives import Launch
+
+PERIOD = 1.0
+"""Seconds between two beats."""
+
+ENDED = "ended"
+
+_COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe", re.IGNORECASE)
+
+
+class RankLostError(RuntimeError):
+    """A collective failed. The message names the ranks that did not take part, as far as can be known."""
+
+
+@contextlib.contextmanager
+def heartbeat(launch: Launch, where: Callable[[], str], warn_after: float) -> Iterator[None]:
+    """Beats until its body is over, and tells of ranks that are silent.
+
+    Args:
+        where: says where this rank is, such as "step 17".
+        warn_after: seconds of silence after which the first two ranks warn of a rank.
+
+    Raises:
+        RankLostError: in place of the error of a collective that failed in the body.
+    """
+    if launch.world == 1:
+        yield
+        return
+    pulse = _Pulse(launch, where)
+    over = threading.Event()
+    thread = threading.Thread(target=_beat, args=(pulse, over, warn_after), daemon=True)
+    thread.start()
+    last_words = ENDED
+    try:
+        yield
+    except BaseException as error:
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and _COLLECTIVE.search(str(error))):
+            # The traceback of one that waited tells nobody anything: another rank is at fault.
+            here = f"rank {launch.rank} of {launch.world}, {where()}: {_line_of_ours(error)}"
+            over.set()
+            seen = _within(6 * PERIOD, pulse.look_around) or f"Nor does {pulse.holder} answer."
+            raise RankLostError(f"{here}: {reason}\n{seen}") from None
+        last_words = f"failed, {where()}: {type(error).__name__}: {reason}"
+        raise
+    finally:
+        over.set()
+        thread.join(2 * PERIOD)
+        _within(2 * PERIOD, partial(pulse.say, last_words))
+
+
+def _within(seconds: float, action: Callable[[], str | None]) -> str | None:
+    """The result of an action, or None if it takes longer: torch waits for a store that has stopped without a limit."""
+    results: list[str | None] = [None]
+
+    def act() -> None:
+        with contextlib.suppress(RuntimeError):
+            results[0] = action()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0]
+
+
+def _line_of_ours(error: BaseException) -> str:
+    """The innermost line of this project that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    rooms = str(Path(__file__).parents[2])
+    return next((frame.line or frame.name for frame in reversed(frames) if frame.filename.startswith(rooms)), "torch")
+
+
+class _Pulse:
+    """This rank's own connection to the store: a store that does not answer must hold up nobody else."""
+
+    def __init__(self, launch: Launch, where: Callable[[], str]) -> None:
+        self.rank, self.world, self._where, self._count = launch.rank, launch.world, where, 0
+        self.holder = (
+            f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, rank 0's or torchrun's there,"
+        )
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=10),
+        )
+        self.beat()
+
+    def beat(self) -> None:
+        self._count += 1
+        self.say(f"{self._count} {self._where()}")
+
+    def say(self, words: str) -> None:
+        self._store.set(f"heartbeat/{self.rank}", words)
+
+    def hear(self, ranks: Iterable[int]) -> dict[int, str]:
+        """What other ranks said last. Raises: RuntimeError, where the store does not answer."""
+        keys = {rank: f"heartbeat/{rank}" for rank in ranks if rank != self.rank}
+        return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
+
+    def look_around(self) -> str:
+        """What the other ranks do, in sentences. Takes three beats. Raises: RuntimeError, as `hear`."""
+        before = self.hear(range(self.world))
+        for _ in range(3):
+            time.sleep(PERIOD)
+            self.beat()
+        now = self.hear(range(self.world))
+        lost = [_sentence(rank, words) for rank, words in now.items() if words == before.get(rank) and words != ENDED]
+        others = "; ".join(f"rank {rank}: {words.partition(' ')[2] or words}" for rank, words in now.items())
+        return "\n".join(lost) or f"No other rank is lost: {others}."
+
+
+def _sentence(rank: int, words: str) -> str:
+    count, _, where = words.partition(" ")
+    beating = count.isdigit()
+    return f"Rank {rank} {f'does not answer; it was last heard of at {where}' if beating else words}."
+
+
+def _beat(pulse: _Pulse, over: threading.Event, warn_after: float) -> None:
+    heard: dict[int, tuple[str, float]] = {}
+    warned: set[int] = set()
+    looked = time.monotonic()
+    while not over.wait(PERIOD):
+        try:
+            pulse.beat()
+            # Rank 0 looks after the others and rank 1 after rank 0: reading is not for thousands.
+            if pulse.rank > 1 or time.monotonic() - looked < warn_after / 4:
+                continue
+            looked = time.monotonic()
+            for rank, words in pulse.hear(range(1 if pulse.rank else pulse.world)).items():
+                if rank not in heard or heard[rank][0] != words:
+                    heard[rank] = words, looked
+                elif looked - heard[rank][1] >= warn_after and rank not in warned and words != ENDED:
+                    warned.add(rank)
+                    print(f"warning: {warn_after:g} s: {_sentence(rank, words)}", file=sys.stderr, flush=True)
+        except RuntimeError:
+            return  # The collective that fails next says more.

@@ -1,0 +1,1 @@
+"""What a person follows a run by: metrics, tables, pictures."""

@@ -1,0 +1,226 @@
+"""Following a run: `metrics.jsonl` first, then wandb, then a progress bar. Only rank 0 has one of these."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from engine.config import RunConfig
+from engine.config.loading import dump
+from engine.files import write_json, write_text
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "wandb", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "pydantic")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, up to one that was cut short by a kill or is no line of ours."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            break
+        lines.append(line)
+    return lines
+
+
+def record_start(config: RunConfig, world: int) -> None:
+    """Keeps the resolved config, and for each start the command, the git revision, the machine and the versions."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    write_text(config.folder / "config.yaml", dump(config))
+    path = config.folder / "starts.json"
+    start = {
+        "command": sys.argv,
+        "ranks": world,
+        "git": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+    write_json(path, [*_earlier_starts(path), start])
+
+
+def _earlier_starts(path: Path) -> list[Any]:
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (ValueError, RecursionError):
+        path.replace(path.with_name("starts.json.damaged"))
+        return []
+    return starts if isinstance(starts, list) else [starts]
+
+
+def _git(*arguments: str) -> str | None:
+    where = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class _Stderr:
+    """stderr; what it does not take is lost: the log of a job may lie on the disk that is full."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
+class Tracker:
+    """Writes what a run measures. A step is written once: what a killed run wrote after its checkpoint is cut off."""
+
+    def __init__(self, config: RunConfig, step: int, steps: int) -> None:
+        self._path = config.folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(config.folder) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_text(self._path, text)
+        self._size, self._unwritten = len(text), ""
+        self._wandb = _start_wandb(config, step)
+        self._exit_code = 0
+        self._stderr = _Stderr()
+        self._bar = tqdm(
+            file=self._stderr,
+            total=steps,
+            initial=step,
+            desc=config.title,
+            unit="step",
+            disable=not config.log.progress,
+            dynamic_ncols=True,
+            # A log file is read later: a line now and then is enough there.
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        )
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Keeps one line of metrics, on disk before this returns, unless the disk is full: then it waits in memory for
+        the next line or `catch_up`. Numbers that are not finite become null."""
+        line = {"step": step} | {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        waiting = bool(self._unwritten)
+        self._unwritten += json.dumps(line) + "\n"
+        if (refusal := self.catch_up()) and not waiting:
+            self.say(f"{refusal}; the lines of metrics wait in memory, training goes on")
+        if self._wandb is not None:
+            try:
+                self._wandb.log(line | {"step": step})
+            except Exception as error:  # wandb is a sink: whatever it raises, training goes on.
+                self.say(f"wandb: {error}; going on without it, metrics are in {self._path}")
+                self._wandb = None
+
+    def catch_up(self) -> str | None:
+        """Writes what the disk has not taken yet. Returns: None, or which file it still does not take, and why."""
+        if not self._unwritten:
+            return None
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(self._unwritten)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, self._size)  # A full disk takes a part of a line.
+            return f"{self._path}: {error.strerror}"
+        self._size += len(self._unwritten)
+        self._unwritten = ""
+        return None
+
+    def progress(self, step: int, **shown: str) -> None:
+        """Moves the bar."""
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        self._bar.write(text, file=self._stderr)
+
+    def alert(self, title: str, text: str) -> None:
+        """Prints a line about something that a person should look at, and has wandb tell of it."""
+        self.say(text)
+        if self._wandb is not None:
+            try:
+                self._wandb.alert(title=title, text=text)
+            except Exception as error:  # as in write
+                self.say(f"wandb: {error}")
+
+    def preempted(self) -> None:
+        """Tells wandb that the run will go on later."""
+        self._exit_code = 1  # wandb takes a run that ends with 0 for a finished one, preempted or not.
+        if self._wandb is not None:
+            try:
+                self._wandb.mark_preempting()
+            except Exception as error:  # as in write
+                self.say(f"wandb: {error}")
+
+    def close(self) -> None:
+        """Ends the bar, the file and the wandb run."""
+        self._bar.close()
+        if refusal := self.catch_up():
+            self.say(f"{refusal}; the last lines of metrics are lost")
+        if self._wandb is not None:
+            try:
+                self._wandb.finish(exit_code=self._exit_code)
+            except Exception as error:  # as above
+                self.say(f"wandb: {error}")
+
+
+def _start_wandb(config: RunConfig, step: int) -> Any:
+    if config.log.wandb == "disabled":
+        return None
+    id_file = config.folder / "wandb_id"
+    if not id_file.exists():
+        write_text(id_file, uuid.uuid4().hex[:12])
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=config.log.wandb_project,
+            name=config.title,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            dir=str(config.folder),
+            mode=config.log.wandb,
+            resume="allow",
+            config=yaml.safe_load(dump(config)),
+            settings=wandb.Settings(init_timeout=config.log.wandb_timeout, silent=True),
+        )
+        # The step is a value of ours, so that lines that a restarted run repeats fall on the same place.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+    except Exception as error:  # as in Tracker.write
+        print(f"wandb: {error}; going on without it, metrics are in {config.folder / 'metrics.jsonl'}", file=sys.stderr)
+        return None

@@ -1,0 +1,1 @@
+"""What keeps a run alive: checkpoints, rollbacks, health, signals."""

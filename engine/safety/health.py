@@ -1,0 +1,170 @@
+"""Numbers that go wrong while they are finite: losses that jump, and peers that no longer learn.
+
+All is decided from numbers that are the same on every rank, where the host has them anyway: at lines of metrics and at
+evaluations. So all ranks decide alike, and looking costs no collective and no wait of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from engine.config import HealthConfig, RunConfig
+from engine.training.meter import Reading
+
+ALIKE = 1e-4
+"""What differs by less than 1 % of itself (here squared) counts as the same: the probabilities that a peer gives to two
+images, the logits that two peers give to one. docs/measurements.md has what healthy peers show."""
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A step in which the loss of a peer is many times what it was."""
+
+    name: str
+    """The peer; `cohort` for the terms that belong to all."""
+    step: int
+    """Counted from the first that was given."""
+    loss: float
+    usual: float
+    """The median of the steps before."""
+    count: int
+    """Steps of this peer that are spikes, this being the first."""
+
+
+class LossWatch:
+    """Compares the loss of each step with the median of those before it, spikes among them: where a loss stays high
+    (a method's next phase), that is soon the usual."""
+
+    def __init__(self, config: HealthConfig, recent: Mapping[str, Sequence[float]]) -> None:
+        self._config = config
+        self._recent = {name: deque(losses, config.spike_window) for name, losses in recent.items()}
+
+    @property
+    def recent(self) -> dict[str, list[float]]:
+        """What it remembers, for a checkpoint."""
+        return {name: list(losses) for name, losses in self._recent.items()}
+
+    def spikes(self, losses: Mapping[str, Sequence[float]]) -> list[Spike]:
+        """The first spike of each peer that has any, and how many there are.
+
+        Args:
+            losses: of the steps since the last call, in order; NaN where the update was skipped.
+        """
+        found = []
+        for name, steps in losses.items():
+            recent = self._recent.setdefault(name, deque(maxlen=self._config.spike_window))
+            high = []
+            for step, loss in enumerate(steps):
+                if math.isnan(loss):
+                    continue
+                usual = median(recent) if recent else math.inf
+                if len(recent) >= self._config.spike_window / 2 and self._stands_out(loss, usual, recent):
+                    high.append((step, loss, usual))
+                recent.append(loss)
+            if high:
+                found.append(Spike(name, *high[0], count=len(high)))
+        return found
+
+    def _stands_out(self, loss: float, usual: float, recent: Collection[float]) -> bool:
+        config = self._config
+        if config.spike_factor is None or loss <= config.spike_factor * max(usual, config.spike_floor):
+            return False
+        return loss > usual + config.spike_deviations * median(abs(x - usual) for x in recent)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What speaks for going back."""
+
+    first: int
+    """The update with which it began, counted from 0."""
+    text: str
+    ends_run: bool
+    """Whether the run must not go on as it is."""
+
+
+def trouble(
+    config: RunConfig, reading: Reading, spikes: Sequence[Spike], update: Callable[[int], int], step: int
+) -> Trouble | None:
+    """The worst of what went wrong up to `step`, since the last line.
+
+    Args:
+        update: gives the number of an update, counted from 0, for its place in the reading.
+    """
+    begin, longest = reading.longest
+    if longest >= config.train.max_skipped:
+        return Trouble(
+            update(begin),
+            f"{longest} updates in a row met a non-finite loss or gradient, up to step {step}; the limit is "
+            f"train.max_skipped = {config.train.max_skipped}",
+            ends_run=True,
+        )
+    if not spikes:
+        return None
+    spike = min(spikes, key=lambda spike: spike.step)
+    first = update(spike.step)
+    return Trouble(
+        first,
+        f"step {first + 1}: the loss of {spike.name} is {spike.loss:.4g}, the median of the steps before was "
+        f"{spike.usual:.4g}; {spike.count} such steps up to step {step}; see health.spike_factor = "
+        f"{config.health.spike_factor:g}",
+        ends_run=False,
+    )
+
+
+Collapse = Literal["no gradient", "all images alike", "another's twin"]
+
+CODES: dict[Collapse, int] = {"no gradient": 1, "all images alike": 2, "another's twin": 3}
+"""What `health/NAME/collapsed` says."""
+
+EXPLAINED: dict[Collapse, str] = {
+    "no gradient": (
+        "its gradient was exactly 0 in every step since the last line while its loss was not, so it learns nothing: "
+        "dead ReLUs, or with precision.amp = fp16 gradients too small for it (try bf16); try a smaller optimizer.lr, "
+        "schedule.warmup_epochs, or other initial weights"
+    ),
+    "all images alike": (
+        "it gives all validation images the same probabilities: try a smaller optimizer.lr, schedule.warmup_epochs, "
+        "train.clip_norm, or other initial weights"
+    ),
+    "another's twin": (
+        "its logits are another peer's, on all validation images, so the two have nothing to teach each other: let "
+        "them differ, by peers.N.network, peers.N.pretrained or data.views = per_peer"
+    ),
+}
+
+
+def without_gradient(reading: Reading, names: Sequence[str]) -> dict[str, Collapse]:
+    """Peers that no step since the last line has moved, though their loss is above 0. One that knows every image by
+    heart has both at 0, and is well."""
+    losses = reading.losses()
+    found: dict[str, Collapse] = {}
+    for k, name in enumerate(names):
+        if (k, "grad_norm") not in reading.terms or k not in losses:
+            continue
+        norms = reading.terms[k, "grad_norm"].tolist()
+        made = [(norm, loss) for norm, loss in zip(norms, losses[k], strict=True) if not math.isnan(norm)]
+        if made and all(norm == 0 and loss > 0 for norm, loss in made):
+            found[name] = "no gradient"
+    return found
+
+
+def collapsed(values: Mapping[str, float], names: Sequence[str]) -> dict[str, Collapse]:
+    """Peers that an evaluation shows to have collapsed.
+
+    Args:
+        values: as of `evaluate_cohort`.
+        names: of the peers.
+    """
+    found: dict[str, Collapse] = {}
+    for name in names:
+        if values[f"val/{name}/spread"] < ALIKE:
+            found[name] = "all images alike"
+        elif len(names) > 1 and values[f"val/{name}/apart"] < ALIKE:
+            found[name] = "another's twin"
+    return found

@@ -1,0 +1,180 @@
+"""Evaluation that counts every validation image exactly once, at any number of ranks, batch size and placement."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipelines import Pipeline
+from engine.cohort.cohort import Cohort
+from engine.ranks.exchange import Exchange
+from engine.ranks.placement import Placement
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one network or of an ensemble, over the validation split."""
+
+    top1: float
+    """Percent of images whose most probable class is right."""
+    top5: float
+    """Percent of images whose class is among the five most probable."""
+    loss: float
+    """Mean cross-entropy, in nats."""
+    spread: float
+    """How much the probabilities p depend on the image: E|p - E p|^2 / E|p|^2; 0 where all images get the same."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of a whole cohort."""
+
+    peers: list[Score]
+    ensemble: Score
+    """Of the mean of the peers' probabilities."""
+    disagreement: float
+    """Percent of images on which two peers name different classes, the mean over pairs of peers; 0 for one peer."""
+    apart: list[float]
+    """Of each peer, how far its logits z are from those z' of the peer nearest to it: E|z - z'|^2 over the mean of
+    E|z|^2 and E|z'|^2, each less its mean over classes; 0 where two peers compute the same. Empty for one peer."""
+
+
+def evaluate(
+    networks: Mapping[int, nn.Module],
+    exchange: Exchange,
+    placement: Placement,
+    pipeline: Pipeline,
+    *,
+    batch: int,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> Scores:
+    """Scores the peers of this job; every rank calls it with its residents' networks and gets the same result.
+
+    Raises:
+        RuntimeError: the images counted are not the validation split, each once.
+    """
+    num_peers, pairs = len(placement.peers), list(itertools.combinations(range(len(placement.peers)), 2))
+    # A row for each peer; last row: the ensemble. Columns: right, right among five.
+    right = torch.zeros(num_peers + 1, 2, dtype=torch.int64, device=device)
+    # Sums over images: loss, |p|^2 and p of each row of `right`; |z - z'|^2 of all pairs and |z|^2 of all peers.
+    classes = pipeline.num_classes
+    sizes = [num_peers + 1, num_peers + 1, (num_peers + 1) * classes, len(pairs), num_peers]
+    sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    loss, squares, totals, gaps, lengths = sums.split(sizes)
+    # Images, sum of their ids, sum of the squares of their ids; disagreements of all pairs.
+    seen = torch.zeros(4, dtype=torch.int64, device=device)
+    training = {k: network.training for k, network in networks.items()}
+    for network in networks.values():
+        network.eval()
+    with torch.inference_mode():
+        for rows in pipeline.evaluate(placement.replica, placement.replicas, batch):
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
+            signals = exchange(own)
+            logits = torch.stack([signals[k]["logits"] for k in placement.peers])
+            probabilities = F.softmax(logits, dim=-1)
+            ensemble = probabilities.mean(0).clamp_min(torch.finfo(torch.float32).tiny).log()
+            for row, k in enumerate(placement.peers):
+                if k in networks:
+                    _count(logits[row], rows.targets, right[row], loss[row])
+            if placement.group == 0:
+                _count(ensemble, rows.targets, right[-1], loss[-1])
+                named = logits.argmax(-1)
+                different = (
+                    torch.stack([(named[i] != named[j]).sum() for i, j in pairs]).sum() if pairs else seen[3] * 0
+                )
+                ids = rows.ids
+                given = torch.cat([probabilities, probabilities.mean(0, keepdim=True)]).double()
+                squares += given.square().sum((1, 2))
+                totals += given.sum(1).flatten()
+                centred = logits.double() - logits.double().mean(-1, keepdim=True)
+                lengths += centred.square().sum((1, 2))
+                if pairs:
+                    gaps += torch.stack([(centred[i] - centred[j]).square().sum() for i, j in pairs])
+                seen += torch.stack([torch.tensor(len(ids), device=device), ids.sum(), (ids * ids).sum(), different])
+    for k, network in networks.items():
+        network.train(training[k])
+
+    dist.all_reduce(right)
+    dist.all_reduce(sums)
+    dist.all_reduce(seen)
+    n = pipeline.eval_size
+    counted, *checks = seen[:3].tolist()
+    if (counted, *checks) != (n, n * (n - 1) // 2, (n - 1) * n * (2 * n - 1) // 6):
+        raise RuntimeError(
+            f"evaluation counted {counted} images, or some of them twice; the validation split has {n}, each once"
+        )
+    percent = (right.double() * 100 / n).tolist()
+    spread = 1 - totals.view(-1, classes).square().sum(1) / (n * squares)
+    scores = [
+        Score(*right_of_all, *others)
+        for right_of_all, *others in zip(percent, (loss / n).tolist(), spread.tolist(), strict=True)
+    ]
+    firsts, seconds = (lengths[[pair[side] for pair in pairs]] for side in (0, 1))
+    relative = (2 * gaps / (firsts + seconds)).tolist()
+    apart = [min(x for pair, x in zip(pairs, relative, strict=True) if k in pair) for k in range(num_peers) if pairs]
+    return Scores(scores[:-1], scores[-1], 100.0 * seen[3].item() / (n * max(len(pairs), 1)), apart)
+
+
+def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
+    """Scores the peers and, where the run keeps them, their moving averages.
+
+    Returns:
+        `val/PEER/top1` and so on, and the same with `ema/`; `ensemble` stands beside the peers. The keys of
+        `metrics.jsonl`.
+    """
+    names = [name for name, _ in cohort.config.trained]
+    values: dict[str, float] = {}
+    averaged = any(resident.ema is not None for resident in cohort.residents.values())
+    for prefix in ("val", "ema") if averaged else ("val",):
+        scores = evaluate(
+            cohort.networks(ema=prefix == "ema"),
+            cohort.exchange,
+            cohort.placement,
+            pipeline,
+            batch=cohort.config.evaluation.batch,
+            device=cohort.device,
+            autocast=cohort.autocast,
+        )
+        named = {**dict(zip(names, scores.peers, strict=True)), "ensemble": scores.ensemble}
+        for name, score in named.items():
+            values |= {f"{prefix}/{name}/{key}": value for key, value in asdict(score).items()}
+        values |= {f"{prefix}/{name}/apart": apart for name, apart in zip(names, scores.apart, strict=False)}
+        values[f"{prefix}/disagreement"] = scores.disagreement
+    return values
+
+
+def survey(cohort: Cohort, pipeline: Pipeline) -> Tensor:
+    """The mean over the held-out images of what the method takes from each (`Method.survey`), on every rank the same.
+
+    float64, so that the order of the sum does not show.
+    """
+    cohort.average_buffers()
+    placement, networks = cohort.placement, cohort.networks()
+    total = torch.zeros(placement.num_peers**2 + 1, dtype=torch.float64, device=cohort.device)
+    for network in networks.values():
+        network.eval()
+    with torch.no_grad():
+        for rows in pipeline.held_out(placement.replica, placement.replicas, cohort.config.evaluation.batch):
+            with torch.autocast(cohort.device.type, dtype=cohort.autocast, enabled=cohort.autocast is not None):
+                own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
+            total[:-1] += cohort.method.survey(cohort.exchange(own, wire=torch.float32), rows.targets).flatten()
+            total[-1] += len(rows.targets)
+    for network in networks.values():
+        network.train()
+    # All groups of peers have the same sums; over the world they come out the same bits everywhere.
+    dist.all_reduce(total)
+    return (total[:-1] / total[-1]).view(placement.num_peers, placement.num_peers)
+
+
+def _count(logits: Tensor, targets: Tensor, right: Tensor, loss: Tensor) -> None:
+    best = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
+    right += torch.stack([best[:, 0].sum(), best.sum()])
+    loss += F.nll_loss(F.log_softmax(logits, dim=-1), targets, reduction="sum")

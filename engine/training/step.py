@@ -1,0 +1,149 @@
+"""One training step, from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipelines import Batch
+from engine.cohort.cohort import Cohort
+from engine.cohort.optim import gradient_norm, unscale, update
+from engine.training.timing import Clock
+from losses import AfterStep, Progress, Signals, Terms
+
+
+def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clock: Clock) -> tuple[Terms, Tensor]:
+    """One update of every peer from this rank's rows of one global batch.
+
+    Args:
+        cohort: what learns on this rank.
+        batches: the micro-batches, one after another; each is 1/len(batches) of the rank's rows.
+        progress: of the run; `progress.step` updates have been done.
+        clock: told when each part of the step is over.
+
+    Returns:
+        The terms of the objective and (k, "grad_norm") of each resident, detached, averaged over the micro-batches; and
+        [1] on the device, 1 where the update was skipped because some rank met a non-finite number.
+    """
+    everybody = range(cohort.placement.num_peers)
+    total: Terms = {}
+    skipped = torch.zeros(1, device=cohort.device)
+    everywhere: list[Sequence[Signals]] = []
+    cohort.begin_step(progress.step)
+
+    for micro, batch in enumerate(batches):
+        last = micro == len(batches) - 1
+        with cohort.gradients_stay_here(not last):
+            own = dict(cohort.forward(batch, progress, micro, everybody))
+            clock.mark("forward")
+            for turn in cohort.turns:
+                learners = [k for k in turn if k in cohort.residents]
+
+                signals = cohort.share(own, batch)
+                clock.mark("exchange")
+                everywhere.append([_wide(peer) for peer in signals])
+
+                terms = cohort.objective(learners, signals, batch.targets, progress, micro)
+                for key, term in terms.items():
+                    total[key] = total.get(key, 0) + term.detach() / len(batches)
+                if terms:
+                    loss = torch.stack(list(terms.values())).sum() / len(batches)
+                    cohort.scaler.scale(loss).backward()
+                clock.mark("backward")
+
+                if last:
+                    skipped = torch.maximum(skipped, _update(cohort, learners, total))
+                    clock.mark("optimizer")
+                if turn is not cohort.turns[-1]:
+                    with torch.no_grad():
+                        own |= cohort.forward(batch, progress, micro, turn)
+                    clock.mark("forward")
+
+    cohort.restore_buffers(skipped)
+    cohort.scaler.update()
+    cohort.method.after_step(
+        AfterStep(
+            residents={k: r.peer for k, r in cohort.residents.items()},
+            exchange=cohort.exchange_after(progress.step),
+            average_buffers=cohort.average_buffers,
+            everywhere=everywhere,
+            skipped=skipped,
+            images=batches[-1].images,
+            targets=batches[-1].targets,
+            progress=progress,
+        )
+    )
+    if cohort.outer_optimizers() and cohort.outer_gradients(batches[-1], progress):
+        _outer_update(cohort)
+    cohort.update_averages(progress.step)
+    clock.mark("optimizer")
+    return total, skipped
+
+
+def settle(cohort: Cohort, rows: int, progress: Progress) -> None:
+    """One pass forward and backward on black images, of which nothing is kept.
+
+    DDP lays its buckets out anew after the first backward pass, and the sum over three or more ranks rounds differently
+    in another layout. So that a resumed run adds up like one that never stopped, the layout is settled before the
+    first step of either.
+    """
+    side, device = cohort.image_size, cohort.device
+    images = torch.zeros(rows, cohort.channels, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    nothing = torch.zeros(rows, dtype=torch.int64, device=device)
+    batch = Batch((images,) * len(cohort.views), nothing, nothing)
+    cohort.begin_step(progress.step)
+    own = cohort.forward(batch, progress, 0, range(cohort.placement.num_peers))
+    signals = cohort.share(own, batch)
+    for turn in cohort.turns:
+        terms = cohort.objective([k for k in turn if k in cohort.residents], signals, nothing, progress, 0)
+        if terms:
+            torch.stack(list(terms.values())).sum().backward()
+    cohort.restore_buffers(torch.ones(1, device=device))
+
+
+def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> Tensor:
+    """Steps the optimisers of this turn, unless some rank of the world met a non-finite loss or gradient."""
+    residents = [cohort.residents[k] for k in learners]
+    modules: list[tuple[nn.Module, torch.optim.Optimizer]] = [(r.peer, r.optimizer) for r in residents]
+    if cohort.shared_optimizer:
+        modules.append((cohort.shared, cohort.shared_optimizer))
+    norms = [gradient_norm(module.parameters()) for module, _ in modules]
+    losses = [term for (k, _), term in total.items() if k is None or k in learners]
+    skip = _agree_to_skip(cohort, [*losses, *norms])
+
+    if cohort.scaler.is_enabled():
+        for _, optimizer in modules:
+            unscale(optimizer, skip, cohort.scaler)
+        norms = [gradient_norm(module.parameters()) for module, _ in modules]
+    for (module, optimizer), norm in zip(modules, norms, strict=True):
+        if cohort.config.train.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(module.parameters(), cohort.config.train.clip_norm, norm)
+        update(optimizer, skip, cohort.scaler)
+    for resident, norm in zip(residents, norms, strict=False):
+        total[resident.index, "grad_norm"] = norm
+    return skip
+
+
+def _outer_update(cohort: Cohort) -> None:
+    """Steps what the outer step has gradients for, unless they are non-finite somewhere."""
+    residents = [r for r in cohort.residents.values() if r.outer_optimizer is not None]
+    skip = _agree_to_skip(cohort, [gradient_norm(r.outer.values()) for r in residents])
+    for resident in residents:
+        assert resident.outer_optimizer is not None
+        update(resident.outer_optimizer, skip, torch.amp.GradScaler(cohort.device.type, enabled=False))
+
+
+def _agree_to_skip(cohort: Cohort, numbers: Sequence[Tensor]) -> Tensor:
+    """[1], the same on all ranks of the world: 1 where one of them has a non-finite number."""
+    skip = 1 - torch.isfinite(torch.stack([cohort.nothing, *numbers])).all().float().reshape(1)
+    agreed = torch.cat([skip, cohort.stop])  # Whether to stop travels along.
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    skip, cohort.stop = agreed[:1], agreed[1:]
+    return skip
+
+
+def _wide(peer: Signals) -> Signals:
+    return {name: x.detach() for name, x in peer.items() if name.startswith("all_")}

@@ -1,0 +1,1 @@
+"""Measuring against what one would write instead: `python launch/bench WHAT`."""

@@ -1,0 +1,1 @@
+"""Disturbing a run at random moments: `python launch/torture`."""

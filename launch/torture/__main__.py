@@ -1,0 +1,5 @@
+"""`python launch/torture`."""
+
+from launch.torture.experiment import main
+
+main()
