@@ -18,7 +18,7 @@ from engine.config.loading import describe, load
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint
 from launch.train import main
-from tests.engine.test_tracking import wandb_records
+from tests.engine.reporting.test_tracking import wandb_records
 from tests.kills import assert_same_state, final_state, numbers
 from tests.worlds import run_ranks
 

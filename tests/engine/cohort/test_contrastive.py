@@ -18,6 +18,7 @@ from engine.ranks.tables import ShardedTable, Table
 from engine.training.step import train_step
 from engine.training.timing import Clock
 from losses import Progress
+from tests.engine.ranks.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
 from tests.engine.stepping import (
     CLASSES,
     CPU,
@@ -31,7 +32,6 @@ from tests.engine.stepping import (
     joined,
     state,
 )
-from tests.engine.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
 from tests.runs import assert_same_weights
 from tests.worlds import run_world
 

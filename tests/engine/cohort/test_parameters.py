@@ -22,6 +22,7 @@ from engine.ranks.placement import Placement
 from engine.safety import checkpoint
 from engine.training.step import train_step
 from losses import METHODS, AfterStep, PeerInfo, Progress
+from tests.engine.ranks.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
 from tests.engine.stepping import (
     CLASSES,
     STEPS_PER_EPOCH,
@@ -33,7 +34,6 @@ from tests.engine.stepping import (
     optimizer_state,
     state,
 )
-from tests.engine.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
 from tests.kills import assert_same_state, final_state, numbers
 from tests.launch.command import run_command
 from tests.runs import small_run, train_here, weights

@@ -20,8 +20,8 @@ from engine.ranks.placement import Placement
 from engine.training.step import train_step
 from engine.training.timing import Clock
 from losses import Progress
+from tests.engine.cohort.test_contract import Consensus, with_method
 from tests.engine.stepping import CLASSES, CPU, STEPS_PER_EPOCH, batches, cohort_of, config_of, do_steps
-from tests.engine.test_contract import Consensus, with_method
 from tests.worlds import run_world
 
 ROWS, FLOAT, BF16 = 12, 4, 2

@@ -32,8 +32,8 @@ from engine.ranks.placement import plan
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint
 from engine.trainer import train
+from tests.engine.cohort.test_parameters import is_parameter, states_after
 from tests.engine.stepping import CPU, cohort_of, config_of, do_steps, state
-from tests.engine.test_parameters import is_parameter, states_after
 from tests.kills import assert_same_state, final_state, kill_after_step, last_step, numbers, running
 from tests.launch.command import run_command
 from tests.runs import assert_same_weights, small_run, train_here, weights

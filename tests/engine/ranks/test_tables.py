@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from data_pipelines.order import part
 from engine.ranks.tables import ShardedTable, Table, load_parts, make_table, parts
+from tests.engine.ranks.test_exchange import Call, Recorder
 from tests.engine.stepping import CPU
-from tests.engine.test_exchange import Call, Recorder
 from tests.worlds import run_world
 
 SIZE, WIDTH = 23, 3
