@@ -37,7 +37,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from engine.cohort.cohort import Cohort, Resident
+from engine.cohort.cohort import Cohort
+from engine.cohort.peer import Resident
 from engine.files import digest, sync, write_json
 from engine.ranks.tables import ShardedTable, load_parts, parts
 from models.stages import load_plain_state, plain_state

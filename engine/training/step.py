@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
+from engine.cohort.functional import outer_gradients
 from engine.cohort.optim import gradient_norm, unscale, update
 from engine.training.timing import Clock
 from losses import AfterStep, Progress, Signals, Terms
@@ -76,7 +77,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
             progress=progress,
         )
     )
-    if cohort.outer_optimizers() and cohort.outer_gradients(batches[-1], progress):
+    if cohort.outer_optimizers() and outer_gradients(cohort, batches[-1], progress):
         _outer_update(cohort)
     cohort.update_averages(progress.step)
     clock.mark("optimizer")

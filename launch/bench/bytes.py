@@ -45,7 +45,7 @@ def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int =
     with torch.no_grad():
         signals = cohort.forward(batch, Progress(0, 1000, 1), 0, [0])[0]
     assert all(len(x) == 2 for x in signals.values())
-    numbers = sum(x.numel() for name, x in signals.items() if name not in cohort.method.private)
+    numbers = sum(x.numel() for name, x in signals.items() if name not in cohort.private)
     if cohort.method.everywhere:
         numbers += 2 * NUMBERS_OF_A_ROW
     return numbers // 2 * rows * 4

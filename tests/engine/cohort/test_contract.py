@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.cohort.randomness import before_forward
+from engine.cohort.randomness import Streams
 from engine.config import RunConfig
 from losses import AfterStep, Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from losses.functional import cross_entropy
@@ -307,13 +307,15 @@ def test_dropout_draws_the_same_masks_on_replicas_of_either_placement() -> None:
 
 
 def test_masks_differ_between_seeds_peers_steps_micro_batches_and_replicas() -> None:
+    def draw(seed: int, peer: int, step: int, micro: int, replica: int) -> tuple[float, ...]:
+        Streams(seed, 2, replica, CPU).before_peer(peer, step, micro)
+        return tuple(torch.rand(4).tolist())
+
     drawn = []
     for words in [(0, 0, 0, 0, 0), (1, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1)]:
-        before_forward(*words, CPU)
-        drawn.append(tuple(torch.rand(4).tolist()))
+        drawn.append(draw(*words))
     assert len(set(drawn)) == 6
-    before_forward(0, 0, 0, 0, 0, CPU)
-    assert tuple(torch.rand(4).tolist()) == drawn[0]
+    assert draw(0, 0, 0, 0, 0) == drawn[0]
 
 
 # -- a method's state in a skipped step -------------------------------------------------------------------------------

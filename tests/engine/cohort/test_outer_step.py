@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from data_pipelines import Batch
+from engine.cohort.functional import outer_gradients
 from engine.config import RunConfig
 from engine.training.step import _outer_update
 from losses import Progress
@@ -59,7 +60,7 @@ def found_by_the_engine(config: RunConfig) -> dict[str, Tensor]:
     for optimizer in cohort.optimizers():
         optimizer.zero_grad()
     [(_, [batch])] = batches(cohort, [STEP])
-    assert cohort.outer_gradients(batch, Progress(STEP, STEPS_PER_EPOCH, 2))
+    assert outer_gradients(cohort, batch, Progress(STEP, STEPS_PER_EPOCH, 2))
     return {f"{k}/{n}": p.grad for k, r in cohort.residents.items() for n, p in r.outer.items() if p.grad is not None}
 
 
@@ -230,7 +231,7 @@ def around_an_outer_step(config: RunConfig) -> tuple[Seen, Seen]:
     do_steps(cohort, [0, 1])
     [(_, [batch])] = batches(cohort, [STEP])
     before = state(cohort), optimizer_state(cohort)
-    assert cohort.outer_gradients(batch, Progress(STEP, STEPS_PER_EPOCH, 2))
+    assert outer_gradients(cohort, batch, Progress(STEP, STEPS_PER_EPOCH, 2))
     _outer_update(cohort)
     return before, (state(cohort), optimizer_state(cohort))
 
@@ -278,7 +279,7 @@ def around_a_broken_outer_step(config: RunConfig, broken: int) -> tuple[Seen, Se
     before = state(cohort), optimizer_state(cohort)
     if cohort.placement.rank == broken:
         batch = Batch((batch.images * torch.nan,), batch.targets, batch.ids)
-    assert cohort.outer_gradients(batch, Progress(STEP, STEPS_PER_EPOCH, 2))
+    assert outer_gradients(cohort, batch, Progress(STEP, STEPS_PER_EPOCH, 2))
     _outer_update(cohort)
     return before, (state(cohort), optimizer_state(cohort))
 

@@ -1,0 +1,215 @@
+"""What builds a peer: network, head, average, optimiser, each with random numbers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import models
+from engine.cohort.optim import make_optimizer, make_schedule, set_weight_decay
+from engine.cohort.outline import Outline, outline
+from engine.cohort.peer import Peer, Resident
+from engine.cohort.randomness import Streams
+from engine.cohort.teacher import Teacher
+from engine.cohort.trunk import Trunk
+from engine.config import RunConfig
+from engine.ranks.placement import Placement
+from losses import METHODS, Method
+from models.stages import Joined, Taps, cut
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+class Builder:
+    """Builds what of a run lives on this rank.
+
+    Args:
+        config: of the run.
+        placement: of this rank.
+        streams: of random numbers.
+        replica_group: the ranks that hold the same peers.
+        num_classes: of the data, whose images have `channels` and are `image_size` pixels wide.
+        steps_per_epoch: which schedules are counted in.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        placement: Placement,
+        streams: Streams,
+        replica_group: dist.ProcessGroup,
+        *,
+        num_classes: int,
+        channels: int,
+        image_size: int,
+        steps_per_epoch: int,
+    ) -> None:
+        self._config, self._placement, self._streams, self._replica_group = config, placement, streams, replica_group
+        self._num_classes, self._channels, self._image_size = num_classes, channels, image_size
+        self._steps_per_epoch = steps_per_epoch
+        self._memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        self.schedules: list[Scheduler] = []
+        """Of all optimisers that have been made."""
+
+    def outline(self, index: int) -> Outline:
+        """What the method may know of a peer, wherever that lives."""
+        copy = partial(self._copy, index)
+        return outline(self._config, index, self._num_classes, self._channels, self._image_size, copy)
+
+    def method(self, outlines: Sequence[Outline]) -> Method:
+        """The method, with the modules that all peers share. Raises: ValueError, where it excludes itself."""
+        with self._streams.initial_method():
+            method = METHODS[self._config.method.name](self._config.method, [outline.info for outline in outlines])
+        turns = method.turns(self._config.method, len(outlines))
+        whole_at_once = len(turns) == 1 and method.exchange != "differentiable"
+        if not whole_at_once and any(p.requires_grad for p in method.parameters()):
+            # Their gradient is whole on every rank only if every rank computes the whole objective of its rows at once.
+            raise ValueError(f"{method.name}: modules that all peers share need one turn and signals without gradient")
+        return self._placed(method)
+
+    def trunk(self, outline: Outline, method: Method) -> Trunk | None:
+        """The trunk that all peers share, if they share one, cut off the first peer's network."""
+        if outline.trunk is None:
+            return None
+        module, _ = cut(self._network(0, self._config.cohort[0][1].pretrained), outline.trunk)
+        below = {name: path for name, path in outline.taps.items() if _has(module, path)}
+        taps = Taps(module, below, {})
+        if self._config.precision.compile:
+            module.compile()
+        peers = self._placement.num_peers if method.trunk_gradient == "mean" else 1
+        return Trunk(module, self.averaged_over_all(module), taps, self._placement.groups / peers)
+
+    def resident(self, index: int, outline: Outline, method: Method, trunk: Trunk | None) -> Resident:
+        """A peer that lives here."""
+        head = self._head(index, outline, method)
+        network = self._network(index, self._config.cohort[index][1].pretrained)
+        whole = network
+        if trunk is not None and outline.trunk is not None:
+            _, network = cut(network, outline.trunk)
+            whole = Joined(trunk.module, network)
+        ema = self._average(whole, method)
+        above = {name: path for name, path in outline.taps.items() if _has(network, path)}
+        taps = Taps(network, above, outline.inputs) if outline.inputs else None
+        if self._config.precision.compile:
+            network.compile()
+        outer = list(method.outer(head)) if head is not None else []
+        apart = list(method.kept_apart(head)) if head is not None else []
+        outer_optimizer = self.optimizer(nn.ParameterList(outer)) if outer else None
+        for p in outer:
+            p.requires_grad_(False)
+        peer = Peer(network, head, taps, [name for name in method.signals if name != "teacher"])
+        names = {id(p): name for name, p in peer.named_parameters()}
+        return Resident(
+            index=index,
+            name=self._config.cohort[index][0],
+            peer=peer,
+            whole=whole,
+            wrapped=self._averaged(peer, self._replica_group, [names[id(p)] for p in apart]),
+            apart=frozenset(names[id(p)] for p in apart),
+            optimizer=self.optimizer(peer),
+            outer={names[id(p)]: p for p in outer},
+            outer_optimizer=outer_optimizer,
+            ema=ema,
+        )
+
+    def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """An optimiser and its schedule, for a module that is on its device already."""
+        optimizer = make_optimizer(module, self._config.optimizer)
+        self._schedule(optimizer)
+        return optimizer
+
+    def shared_optimizer(self, shared: nn.Module, method: Method) -> torch.optim.Optimizer | None:
+        """That of the modules that all peers share, if any of them learns."""
+        if not any(p.requires_grad for p in shared.parameters()):
+            return None
+        optimizer = make_optimizer(shared, self._config.optimizer)
+        decay = method.weight_decay(self._config.method)
+        if decay is not None:
+            set_weight_decay(optimizer, method.parameters(), decay)
+        self._schedule(optimizer)
+        return optimizer
+
+    def averaged_over_all(self, module: nn.Module) -> nn.Module:
+        """A module as it is called in training, whose gradients are averaged over the world if it has any."""
+        learns = any(p.requires_grad for p in module.parameters())
+        return self._averaged(module, dist.group.WORLD) if learns else module
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> None:
+        epochs = self._config.train.epochs
+        self.schedules.append(make_schedule(optimizer, self._config.schedule, epochs, self._steps_per_epoch))
+
+    def _network(self, index: int, pretrained: bool | str = False) -> nn.Module:
+        peer = self._config.cohort[index][1]
+        with self._streams.initial_network(index):
+            network = models.create(
+                peer.network, self._num_classes, self._channels, pretrained=pretrained, **peer.options
+            )
+        network = self._placed(network)
+        if self._config.train.sync_bn:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network, self._replica_group)
+        return network
+
+    def _copy(self, index: int) -> nn.Module:
+        network = self._network(index)
+        if self._config.precision.compile:
+            network.compile()
+        return network
+
+    def _head(self, index: int, outline: Outline, method: Method) -> nn.Module | None:
+        with self._streams.initial_head(index):
+            head = method.head(outline.info)
+        if head is None:
+            return None
+        if self._placement.replica and method.kept_apart(head):
+            with self._streams.initial_head(index, self._placement.replica):
+                other = method.head(outline.info)
+            assert other is not None
+            for p, own in zip(method.kept_apart(head), method.kept_apart(other), strict=True):
+                p.data.copy_(own)
+        return self._placed(head)
+
+    def _average(self, whole: nn.Module, method: Method) -> ModelEmaV3 | Teacher | None:
+        if method.teacher_decay(self._config.method, 0) is not None:
+            return Teacher(whole, compiled=self._config.precision.compile)
+        decay = self._config.train.ema_decay
+        return ModelEmaV3(whole, decay=decay) if decay else None
+
+    def _placed(self, module: _M) -> _M:
+        return module.to(self._streams.device, memory_format=self._memory_format)  # type: ignore[call-overload]
+
+    def _averaged(self, module: nn.Module, group: dist.ProcessGroup | None, apart: Sequence[str] = ()) -> nn.Module:
+        assert group is not None
+        if group.size() == 1:
+            return module
+        # Of DDP's own making, and the only way to have it leave parameters alone.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, apart)
+        device = self._streams.device
+        return DistributedDataParallel(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            process_group=group,
+            gradient_as_bucket_view=True,
+            **_KEEP_BUFFERS,
+        )
+
+
+def _has(network: nn.Module, path: str) -> bool:
+    """Whether a part of a cut network has the submodule itself, not what was put in its place."""
+    try:
+        return not isinstance(network.get_submodule(path), nn.Identity)
+    except AttributeError:
+        return False
+
+
+# Each rank keeps its own BatchNorm statistics; average_buffers brings them together when somebody looks. The argument's
+# name changed with torch 2.13.
+_NEW_NAME = "forward_sync_buffers" in DistributedDataParallel.__init__.__annotations__
+_KEEP_BUFFERS: Any = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}

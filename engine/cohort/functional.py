@@ -1,0 +1,75 @@
+"""Peers as functions of their parameters: what an outer step differentiates, twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.func import functional_call
+
+from data_pipelines import Batch
+from engine.cohort.cohort import Cohort
+from losses import OuterStep, Progress, Signals
+from losses.functional import flat
+
+
+def outer_gradients(cohort: Cohort, batch: Batch, progress: Progress) -> bool:
+    """Gives the residents' outer parameters the gradients that the method has for them, the mean over all replicas.
+
+    Returns:
+        Whether an outer step was due.
+    """
+    groups = {k: r.optimizer.param_groups for k, r in cohort.residents.items()}
+    decay = {k: {id(p): group["weight_decay"] for group in own for p in group["params"]} for k, own in groups.items()}
+    named = {k: dict(r.peer.named_parameters()) for k, r in cohort.residents.items()}
+    # torch.compile has no second derivative; float16 would need a scale of its own.
+    with torch.compiler.set_stance("force_eager"):
+        found = cohort.method.outer_step(
+            OuterStep(
+                parameters=named,
+                outer={k: list(r.outer) for k, r in cohort.residents.items()},
+                show=partial(_show, cohort, batch, progress),
+                average=partial(_mean, cohort.replica_group),
+                lr=next(iter(groups.values()))[0]["lr"],
+                momentum=cohort.config.optimizer.momentum,
+                weight_decay={
+                    k: {name: decay[k].get(id(p), 0.0) for name, p in own.items()} for k, own in named.items()
+                },
+                targets=batch.targets,
+                progress=progress,
+            )
+        )
+    if found is None:
+        return False
+    for k, gradients in _mean(cohort.replica_group, found).items():
+        for p, gradient in zip(cohort.residents[k].outer.values(), gradients, strict=True):
+            p.grad = gradient
+    return True
+
+
+def _show(
+    cohort: Cohort, batch: Batch, progress: Progress, parameters: Mapping[int, Mapping[str, Tensor]]
+) -> Sequence[Signals]:
+    """The signals of all K peers as a function of the residents' parameters, see `OuterStep.show`."""
+    own: dict[int, Signals] = {}
+    views = cohort.views_of(batch)
+    with torch.autocast(cohort.device.type, torch.bfloat16, enabled=cohort.autocast is torch.bfloat16):
+        for k, resident in cohort.residents.items():
+            cohort.streams.before_peer(k, progress.step, 0)
+            buffers = {name: b.clone() for name, b in resident.peer.named_buffers()}
+            own[k] = functional_call(resident.peer, {**parameters[k], **buffers}, (views[k],))
+    return cohort.share(own, batch, "differentiable")
+
+
+def _mean(group: dist.ProcessGroup, tensors: Mapping[int, Sequence[Tensor]]) -> dict[int, list[Tensor]]:
+    """Of the residents' tensors over all replicas, see `OuterStep.average`."""
+    if group.size() == 1:
+        return {k: list(own) for k, own in tensors.items()}
+    every = [x for own in tensors.values() for x in own]
+    row = flat(every)
+    dist.all_reduce(row, group=group)
+    pieces = iter((row / group.size()).split([x.numel() for x in every]))
+    return {k: [next(pieces).view_as(x) for x in own] for k, own in tensors.items()}
