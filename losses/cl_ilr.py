@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from losses.contract import Method, MethodOptions, Progress, Signals, Terms
-from losses.functional import cross_entropy, ramp_up, sum_of_others, tempered_kl
+from losses.functional import cross_entropy, mean_of_others, ramp_up, tempered_kl
 
 
 class CLILROptions(MethodOptions):
@@ -75,7 +75,7 @@ class CLILR(Method):
         soft *= options.temperature**2 if options.times_t_squared else 1
 
         def kl(k: int) -> Tensor:
-            teacher = sum_of_others(logits, k) / (self.num_peers - 1)
+            teacher = mean_of_others(logits, k)
             teacher = teacher.detach() if options.teacher == "constant" else teacher
             return soft * tempered_kl(logits[k], teacher, options.temperature)
 

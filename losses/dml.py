@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from losses.contract import Method, MethodOptions, Progress, Signals, Terms
-from losses.functional import cross_entropy, cross_term, negative_entropy, sum_of_others, tempered_log_softmax
+from losses.functional import cross_entropy, cross_term, mean_of_others, tempered_log_softmax
 
 
 class DMLOptions(MethodOptions):
@@ -65,15 +65,15 @@ class DML(Method):
         log_p = [tempered_log_softmax(peer["logits"], options.temperature) for peer in signals]
         with torch.no_grad():
             p = [x.exp() for x in log_p]
-            negentropy = [negative_entropy(x) for x in log_p]
+            negentropy = [cross_term(q, x) for q, x in zip(p, log_p, strict=True)]
 
         terms: Terms = {}
         for k in residents:
-            q = sum_of_others(p, k) / others
+            q = mean_of_others(p, k)
             if options.combine == "ensemble":
                 own = torch.special.xlogy(q, q).sum(-1).mean()
             else:
-                own = sum_of_others(negentropy, k) / others
+                own = mean_of_others(negentropy, k)
             terms[k, "ce"] = cross_entropy(signals[k]["logits"], targets)
             terms[k, "kl"] = scale * (own - cross_term(q, log_p[k]))
         return terms

@@ -17,12 +17,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def tempered_log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(z / T) over classes, in float32. logits [N, C] -> [N, C]."""
-    return F.log_softmax(logits.float() / temperature, dim=-1)
-
-
-def negative_entropy(log_probabilities: Tensor) -> Tensor:
-    """sum_c p log p, the mean over rows. log_probabilities [N, C], finite -> scalar."""
-    return (log_probabilities.exp() * log_probabilities).sum(-1).mean()
+    # Dividing by 1 would be a pass over the logits, and another on the way back.
+    tempered = logits.float() if temperature == 1 else logits.float() / temperature
+    return F.log_softmax(tempered, dim=-1)
 
 
 def cross_term(probabilities: Tensor, log_probabilities: Tensor) -> Tensor:
@@ -32,7 +29,13 @@ def cross_term(probabilities: Tensor, log_probabilities: Tensor) -> Tensor:
 
 def sum_of_others(tensors: Sequence[Tensor], k: int) -> Tensor:
     """sum_{j != k} of equally shaped tensors. Added up rather than taken from the total, which would cancel."""
-    return torch.stack([x for j, x in enumerate(tensors) if j != k]).sum(0)
+    others = [x for j, x in enumerate(tensors) if j != k]
+    return others[0] if len(others) == 1 else torch.stack(others).sum(0)
+
+
+def mean_of_others(tensors: Sequence[Tensor], k: int) -> Tensor:
+    """The mean over j != k of equally shaped tensors."""
+    return sum_of_others(tensors, k) / (len(tensors) - 1) if len(tensors) > 2 else sum_of_others(tensors, k)
 
 
 def tempered_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -63,11 +66,13 @@ def ramp_up(epoch: int, length: int) -> float:
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """A copy of all elements in one row, each tensor's in the order of its indices whatever its memory format."""
-    return torch.cat([x.detach().reshape(-1) for x in tensors])
+    with torch.no_grad():
+        return torch.cat([x if x.ndim == 1 else x.reshape(-1) for x in tensors])
 
 
 def fill(tensors: Sequence[Tensor], row: Tensor) -> None:
     """Writes what `flat` gave back into the tensors, or into others of the same shapes, in one go."""
-    pieces = row.split([x.numel() for x in tensors])
     with torch.no_grad():
-        torch._foreach_copy_(list(tensors), [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)])
+        pieces = row.split([x.numel() for x in tensors])
+        shaped = [piece if x.ndim == 1 else piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+        torch._foreach_copy_(list(tensors), shaped)

@@ -14,8 +14,8 @@ from losses.functional import fill, flat
 class Remembered:
     """What a step may change beside parameters, as it was when the step began.
 
-    Statistics would keep the non-finite values of a skipped step for ever. Which buffers change is asked when a step
-    begins, so modules may be built, moved and prepared in any order before.
+    Statistics would keep the non-finite values of a skipped step for ever. Which buffers change is asked when the first
+    step begins, so modules may be built, moved and prepared in any order before.
 
     Args:
         modules: of them all buffers that are saved; the others are constants, or tables that look after themselves.
@@ -23,20 +23,22 @@ class Remembered:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
-        self._before: list[tuple[list[Tensor], Tensor]] = []
+        # Of each number format, the buffers as rows: hundreds of small tensors are then one operation, not one each.
+        self._rows: list[list[Tensor]] | None = None
+        self._before: list[Tensor] = []
 
     def begin(self) -> None:
         """Remembers what stands in the buffers."""
-        if not self._before:
-            buffers = _saved_buffers(self._modules)
-            kinds = {(b.dtype, b.device): None for b in buffers}
-            self._before = [([b for b in buffers if (b.dtype, b.device) == kind], torch.empty(0)) for kind in kinds]
-        self._before = [(buffers, flat(buffers)) for buffers, _ in self._before]
+        if self._rows is None:
+            rows = [_row(b) for b in _saved_buffers(self._modules)]
+            self._rows = [[row for row in rows if row.dtype == dtype] for dtype in {row.dtype: None for row in rows}]
+        self._before = [flat(rows) for rows in self._rows]
 
     def restore(self, skip: Tensor) -> None:
         """Puts back what was remembered where `skip` [1] is 1, without asking the host."""
-        for buffers, before in self._before:
-            fill(buffers, torch.where(skip > 0, before, flat(buffers)))
+        skipped = skip > 0
+        for rows, before in zip(self._rows or (), self._before, strict=True):
+            fill(rows, torch.where(skipped, before, flat(rows)))
 
 
 def _saved_buffers(modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -47,6 +49,11 @@ def _saved_buffers(modules: Iterable[nn.Module]) -> list[Tensor]:
         for name, b in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     ]
+
+
+def _row(buffer: Tensor) -> Tensor:
+    """A view of all elements in the order in which they lie in memory."""
+    return buffer.permute(sorted(range(buffer.ndim), key=buffer.stride, reverse=True)).view(-1)
 
 
 def floats(modules: Iterable[nn.Module]) -> list[Tensor]:
