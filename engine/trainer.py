@@ -26,11 +26,12 @@ from engine.ranks.collectives import Launch, choose_device, limit_waiting, recor
 from engine.ranks.heartbeat import heartbeat
 from engine.ranks.placement import Placement
 from engine.reporting.tracking import Tracker, record_start
-from engine.safety import checkpoint, rollback
-from engine.safety.checkpoint import Best, Manifest, Saver, Standing
+from engine.safety import checkpoint, loading, rollback
+from engine.safety.checkpoint import Best, Manifest, Standing
 from engine.safety.health import CODES, EXPLAINED, Collapse, LossWatch, Spike, collapsed, trouble, without_gradient
 from engine.safety.preemption import Preemption
 from engine.safety.rollback import GoBack, Rollback
+from engine.safety.saving import Saver
 from engine.training.evaluation import evaluate_cohort, survey
 from engine.training.guards import check_same_rows, check_same_weights
 from engine.training.meter import Meter, Reading
@@ -184,7 +185,7 @@ class _Run:
         manifest: Manifest | None = found[0]
         self.rollbacks = found[2]
         if manifest is not None:
-            checkpoint.load(self.config.folder, manifest, self.cohort)
+            loading.load(self.config.folder, manifest, self.cohort)
             self.step, self.best = manifest.step, manifest.best
             self.meter.in_a_row = manifest.in_a_row
             self.losses = LossWatch(self.config.health, manifest.recent)
@@ -206,7 +207,7 @@ class _Run:
         folder = self.config.folder
         rollbacks = rollback.read(folder)
         rollback.supersede(folder, rollbacks)
-        manifest, damaged = checkpoint.newest(folder)
+        manifest, damaged = loading.newest(folder)
         if manifest and manifest.best and manifest.best.step not in checkpoint.steps_on_disk(folder):
             # It had made room for a better one, from which the run has gone back.
             manifest = replace(manifest, best=None)

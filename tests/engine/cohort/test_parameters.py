@@ -19,7 +19,7 @@ from engine.preflight import check
 from engine.ranks.collectives import Launch
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.training.step import train_step
 from losses import METHODS, AfterStep, PeerInfo, Progress
 from tests.engine.ranks.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
@@ -301,7 +301,7 @@ def test_what_is_exported_is_the_plain_network(tiny: Path, tmp_path: Path, metho
     run_ranks(1, train_here, small_run(tiny, tmp_path, method, peers, train={"epochs": 1}))
     run_command("export", str(tmp_path))
     trained = weights(tmp_path)
-    for name in checkpoint.verify(checkpoint.folder_of(tmp_path, 5)).peers:
+    for name in loading.verify(checkpoint.folder_of(tmp_path, 5)).peers:
         network = models.load_network(tmp_path / "export" / f"{name}.json")
         plain = "cifar_wrn_16_1" if "wrn" in name else "cifar_resnet8_b"
         options = {} if "wrn" in name else {"width": 4}
