@@ -21,7 +21,7 @@ from data_pipelines import DataError, Pipeline, open_pipeline
 from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
 from engine.files import write_json, write_text
-from engine.preflight import check
+from engine.preflight import check_run
 from engine.ranks.collectives import Launch, choose_device, limit_waiting, record_flights, start
 from engine.ranks.heartbeat import heartbeat
 from engine.ranks.placement import Placement
@@ -62,7 +62,7 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False, preempted: 
         TrainingDivergedError: on all ranks at the same step.
         RankLostError: a rank failed, or did not answer for `train.timeout` seconds.
     """
-    placement = check(config, launch, fresh=fresh)
+    placement = check_run(config, launch, fresh=fresh)
     device = choose_device(config.device, launch)
     _set_precision(config, device)
     if device.type == "cuda":

@@ -17,7 +17,7 @@ import torch
 import models
 from engine.config import ConfigError, RunConfig
 from engine.config.loading import dump
-from engine.preflight import check
+from engine.preflight import check_run
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint, loading
@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
 def test_refused_before_anything_is_started(tiny: Path, tmp_path: Path, mistake: str) -> None:
     method, peers, message = REFUSED[mistake]
     with pytest.raises(ConfigError) as error:
-        check(small_run(tiny, tmp_path / "run", method, peers), Launch(0, 0, 1))
+        check_run(small_run(tiny, tmp_path / "run", method, peers), Launch(0, 0, 1))
     assert str(error.value) == message
 
 
