@@ -18,9 +18,10 @@ from engine.config import ConfigError, RunConfig
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint, loading, rollback
+from engine.safety.answers import TrainingDivergedError
 from engine.safety.checkpoint import CheckpointError
 from engine.safety.rollback import Rollback
-from engine.trainer import TrainingDivergedError, train
+from engine.trainer import train
 from tests.data_pipelines.files import write_idx
 from tests.kills import assert_same_state, chance, final_state, kill_run, last_step, numbers
 from tests.runs import small_run, train_here, weights
