@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,10 @@ def digest(path: Path) -> dict[str, int | str]:
         while block := file.read(1 << 20):
             sha.update(block)
     return {"size": path.stat().st_size, "sha256": sha.hexdigest()}
+
+
+def move_aside(folder: Path) -> Path:
+    """Gives a folder a name with the time in it. Returns: its new path."""
+    aside = folder.with_name(f"{folder.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+    folder.rename(aside)
+    return aside

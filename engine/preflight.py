@@ -26,7 +26,9 @@ from losses import METHODS, PeerInfo
 from models.weightless import weightless
 
 
-def check(config: RunConfig, launch: Launch, *, fresh: bool = False, device: torch.device | None = None) -> Placement:
+def check_run(
+    config: RunConfig, launch: Launch, *, fresh: bool = False, device: torch.device | None = None
+) -> Placement:
     """Everything that can be refused before a process group exists or a device is touched.
 
     Args:

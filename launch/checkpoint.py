@@ -26,7 +26,7 @@ from torch import Tensor
 from engine.config import ConfigError
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import CheckpointError
 from launch.entry import parser, user_errors
 from launch.run_folder import choose_step
@@ -96,7 +96,7 @@ def verify(options: argparse.Namespace) -> int:
     run, damaged = options.run, 0
     for step in _steps(run, options.checkpoint):
         try:
-            manifest = checkpoint.verify(checkpoint.folder_of(run, step))
+            manifest = loading.verify(checkpoint.folder_of(run, step))
             size = sum(entry.size for entry in manifest.files.values())
             print(f"step {step}: whole, {len(manifest.files)} files, {_bytes(size)}")
         except CheckpointError as error:
@@ -109,14 +109,14 @@ def show(options: argparse.Namespace) -> int:
     """prints what is in a checkpoint: its manifest, and the tensors of each file"""
     (step,) = _steps(options.run, options.checkpoint)
     folder = checkpoint.folder_of(options.run, step)
-    manifest = checkpoint.verify(folder)
+    manifest = loading.verify(folder)
     best = manifest.best and f"step {manifest.best.step}, mean top-1 {manifest.best.top1:.2f} %"
     print(f"{folder}\n  method   {manifest.method}\n  peers    {', '.join(manifest.peers)}")
     print(f"  classes  {manifest.num_classes}\n  channels {manifest.channels}\n  best     {best or '-'}")
     print(f"  skipped  {manifest.in_a_row} updates in a row")
     for name, entry in manifest.files.items():
         print(f"\n{name}: {_bytes(entry.size)}, SHA-256 {entry.sha256}")
-        for part, state in checkpoint.read_state(folder, name).items():
+        for part, state in loading.read_state(folder, name).items():
             found = [] if state is None else list(_values("", state))
             numbers = sum(value.numel() for _, value in found if isinstance(value, Tensor))
             print(f"  {part}: {f'{numbers:,} numbers' if found else 'none'}")
@@ -135,7 +135,7 @@ def prune(options: argparse.Namespace) -> int:
     run, steps, whole = options.run, checkpoint.steps_on_disk(options.run), []
     for step in steps:
         try:
-            whole.append(checkpoint.verify(checkpoint.folder_of(run, step)).step)
+            whole.append(loading.verify(checkpoint.folder_of(run, step)).step)
         except CheckpointError as error:
             print(f"damaged: {error}")
     kept = {*whole[-options.keep :], *({_best(run)} & {*whole})}

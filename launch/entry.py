@@ -13,8 +13,8 @@ from typing import NoReturn
 from data_pipelines import DataError
 from engine.config import ConfigError
 from engine.ranks.collectives import Launch
+from engine.safety.answers import TrainingDivergedError
 from engine.safety.checkpoint import CheckpointError
-from engine.trainer import TrainingDivergedError
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from engine.files import write_json
 from engine.preflight import check_data
 from engine.ranks.collectives import Launch, choose_device, start
 from engine.ranks.placement import plan
-from engine.safety import checkpoint
+from engine.safety import loading
 from engine.training.evaluation import evaluate_cohort
 from launch.entry import parser, user_errors
 from launch.run_folder import open_run
@@ -42,7 +42,7 @@ def main() -> None:
         start(launch, device)
         pipeline = open_pipeline(config.data, config.seed, device)
         cohort = Cohort.on(pipeline, config, placement, device)
-        checkpoint.load(options.run, manifest, cohort)
+        loading.load(options.run, manifest, cohort)
         values = evaluate_cohort(cohort, pipeline)
         pipeline.close()
         dist.destroy_process_group()

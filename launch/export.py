@@ -20,7 +20,7 @@ import models
 from engine.config import ConfigError, PeerConfig, RunConfig
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from launch.entry import parser, user_errors
 from launch.run_folder import open_run
 
@@ -64,7 +64,7 @@ def export(
         ConfigError: the run keeps no moving averages.
         RuntimeError: what was written does not give the peer's logits.
     """
-    states = checkpoint.read_state(checkpoint.folder_of(run, manifest.step), f"peer_{name}.pt")
+    states = loading.read_state(checkpoint.folder_of(run, manifest.step), f"peer_{name}.pt")
     state = states["ema" if ema else "network"]
     if state is None:
         raise ConfigError(f"--ema: {run} keeps no moving averages; expected a run with train.ema_decay")

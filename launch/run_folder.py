@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.config import ConfigError, RunConfig
 from engine.config import loading as config_file
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import CheckpointError, Manifest
 
 
@@ -21,13 +21,13 @@ def open_run(run: Path, which: str, overrides: Sequence[str] = ()) -> tuple[RunC
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: not a run's folder: it has no config.yaml; expected a folder that train.py wrote")
     settings = config_file.load(run / "config.yaml", overrides)
-    newest, damaged = checkpoint.newest(run)
+    newest, damaged = loading.newest(run)
     if newest is None:
         raise CheckpointError("\n".join([*damaged, f"{run}: has no checkpoint that can be used"]))
     if which == "newest":
         return settings, newest
     step = choose_step(run, which, newest.step, newest.best.step if newest.best else None)
-    return settings, checkpoint.verify(checkpoint.folder_of(run, step))
+    return settings, loading.verify(checkpoint.folder_of(run, step))
 
 
 def choose_step(run: Path, which: str, newest: int | None, best: int | None) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine.config import loading as configuration
-from engine.preflight import check
+from engine.preflight import check_run
 from engine.ranks.collectives import Launch
 from engine.reporting import report
 from engine.safety.preemption import end_with_parent
@@ -83,7 +83,7 @@ def main() -> None:
             if options.ranks is not None:
                 launch = Launch(0, 0, options.ranks)
                 device = torch.device("cpu" if config.device == "cpu" else "cuda")
-            placement = check(config, launch, fresh=fresh, device=device)
+            placement = check_run(config, launch, fresh=fresh, device=device)
             if launch.rank == 0:
                 print(f"{config.title}: {config.method.name}; {placement}")
             return

@@ -12,7 +12,7 @@ import torch
 
 from engine.config import RunConfig
 from engine.files import digest
-from engine.safety.checkpoint import read_state
+from engine.safety.loading import read_state
 from tests.runs import small_run
 
 PEER = "peer_cifar_resnet8_b-1.pt"

@@ -16,7 +16,7 @@ import torch
 
 from engine.config import RunConfig
 from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from tests.runs import train_here
 from tests.worlds import _context, _rank
 
@@ -77,7 +77,7 @@ def state_of(folder: Path) -> str:
 def final_state(folder: Path) -> dict[str, Any]:
     """Everything in the files of the newest checkpoint: `file/key/key` -> tensor or plain value."""
     where = checkpoint.folder_of(folder, checkpoint.steps_on_disk(folder)[-1])
-    flat: dict[str, Any] = {"step": checkpoint.verify(where).step}
+    flat: dict[str, Any] = {"step": loading.verify(where).step}
 
     def walk(value: Any, key: str) -> None:
         if isinstance(value, dict | list | tuple):
@@ -86,8 +86,8 @@ def final_state(folder: Path) -> dict[str, Any]:
         else:
             flat[key] = value
 
-    for name in checkpoint.verify(where).files:
-        walk(checkpoint.read_state(where, name), name)
+    for name in loading.verify(where).files:
+        walk(loading.read_state(where, name), name)
     return flat
 
 

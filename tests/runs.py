@@ -10,7 +10,7 @@ import torch
 from engine.config import RunConfig
 from engine.config.loading import validate
 from engine.ranks.collectives import Launch
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.trainer import train
 
 
@@ -47,11 +47,11 @@ def train_here(config: RunConfig) -> None:
 def weights(folder: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """Every tensor of every peer's network in a checkpoint, the newest if no step is given, as `peer/name`."""
     where = checkpoint.folder_of(folder, step or checkpoint.steps_on_disk(folder)[-1])
-    manifest = checkpoint.verify(where)
+    manifest = loading.verify(where)
     return {
         f"{peer}/{name}": tensor
         for peer in manifest.peers
-        for name, tensor in checkpoint.read_state(where, f"peer_{peer}.pt")["network"].items()
+        for name, tensor in loading.read_state(where, f"peer_{peer}.pt")["network"].items()
     }
 
 

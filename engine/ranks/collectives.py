@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -65,6 +67,16 @@ def start(launch: Launch, device: torch.device) -> None:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"restart_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=FIRST_STEP_TIMEOUT)
+
+
+@contextlib.contextmanager
+def process_group(launch: Launch, device: torch.device) -> Iterator[None]:
+    """As `start`, and leaves the process group at the end, whatever that is."""
+    start(launch, device)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def limit_waiting(seconds: float) -> None:

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import uuid
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from engine.config import RunConfig
 from engine.config.loading import dump
 from engine.files import write_json, write_text
+from engine.ranks.placement import Placement
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "wandb", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "pydantic")
 
@@ -39,6 +41,24 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             break
         lines.append(line)
     return lines
+
+
+def follow(config: RunConfig, placement: Placement, step: int, steps: int, damaged: Sequence[str]) -> Tracker:
+    """Begins to follow a run on rank 0, wherever it stands, and says so.
+
+    Args:
+        step: where it goes on, of `steps`.
+        damaged: what is wrong with checkpoints that are not used.
+    """
+    record_start(config, placement.world)
+    tracker = Tracker(config, step, steps)
+    for message in damaged:
+        tracker.say(f"not used: {message}")
+    tracker.say(f"{config.title}: {config.method.name}, {placement}; {config.folder}")
+    if step:
+        state = "complete" if step >= steps else "going on"
+        tracker.say(f"{state} at step {step} of {steps}, from its checkpoint")
+    return tracker
 
 
 def record_start(config: RunConfig, world: int) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from engine.config import HealthConfig, RunConfig
+from engine.config import HealthConfig
 from engine.training.meter import Reading
 
 ALIKE = 1e-4
@@ -77,46 +77,6 @@ class LossWatch:
         return loss > usual + config.spike_deviations * median(abs(x - usual) for x in recent)
 
 
-@dataclass(frozen=True)
-class Trouble:
-    """What speaks for going back."""
-
-    first: int
-    """The update with which it began, counted from 0."""
-    text: str
-    ends_run: bool
-    """Whether the run must not go on as it is."""
-
-
-def trouble(
-    config: RunConfig, reading: Reading, spikes: Sequence[Spike], update: Callable[[int], int], step: int
-) -> Trouble | None:
-    """The worst of what went wrong up to `step`, since the last line.
-
-    Args:
-        update: gives the number of an update, counted from 0, for its place in the reading.
-    """
-    begin, longest = reading.longest
-    if longest >= config.train.max_skipped:
-        return Trouble(
-            update(begin),
-            f"{longest} updates in a row met a non-finite loss or gradient, up to step {step}; the limit is "
-            f"train.max_skipped = {config.train.max_skipped}",
-            ends_run=True,
-        )
-    if not spikes:
-        return None
-    spike = min(spikes, key=lambda spike: spike.step)
-    first = update(spike.step)
-    return Trouble(
-        first,
-        f"step {first + 1}: the loss of {spike.name} is {spike.loss:.4g}, the median of the steps before was "
-        f"{spike.usual:.4g}; {spike.count} such steps up to step {step}; see health.spike_factor = "
-        f"{config.health.spike_factor:g}",
-        ends_run=False,
-    )
-
-
 Collapse = Literal["no gradient", "all images alike", "another's twin"]
 
 CODES: dict[Collapse, int] = {"no gradient": 1, "all images alike": 2, "another's twin": 3}
@@ -139,15 +99,41 @@ EXPLAINED: dict[Collapse, str] = {
 }
 
 
+LINES_SHOW: tuple[Collapse, ...] = ("no gradient",)
+"""What is looked for at a line of metrics, and"""
+SCORES_SHOW: tuple[Collapse, ...] = ("all images alike", "another's twin")
+"""at an evaluation."""
+
+
+def named(names: Sequence[str], k: int | None) -> str:
+    """What peer k is called, and what belongs to all of them (None)."""
+    return "cohort" if k is None else names[k]
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What the steps between two lines of metrics show."""
+
+    spikes: list[Spike]
+    dead: dict[str, Collapse]
+    """Peers that nothing moves."""
+
+
+def examine(reading: Reading, watch: LossWatch, names: Sequence[str]) -> Signs:
+    """Looks at the steps of a reading, which the watch remembers. `names` are those of all K peers."""
+    losses = {named(names, k): values for k, values in reading.losses().items()}
+    return Signs(watch.spikes(losses), without_gradient(reading, names))
+
+
 def without_gradient(reading: Reading, names: Sequence[str]) -> dict[str, Collapse]:
     """Peers that no step since the last line has moved, though their loss is above 0. One that knows every image by
     heart has both at 0, and is well."""
     losses = reading.losses()
     found: dict[str, Collapse] = {}
     for k, name in enumerate(names):
-        if (k, "grad_norm") not in reading.terms or k not in losses:
+        if k not in reading.norms or k not in losses:
             continue
-        norms = reading.terms[k, "grad_norm"].tolist()
+        norms = reading.norms[k].tolist()
         made = [(norm, loss) for norm, loss in zip(norms, losses[k], strict=True) if not math.isnan(norm)]
         if made and all(norm == 0 and loss > 0 for norm, loss in made):
             found[name] = "no gradient"

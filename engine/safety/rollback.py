@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engine.files import write_json
-from engine.safety import checkpoint
-from engine.safety.checkpoint import CheckpointError
+from engine.safety import checkpoint, loading
+from engine.safety.checkpoint import CheckpointError, Manifest
 
 
 class GoBack(Exception):  # noqa: N818 (nothing has failed)
@@ -80,3 +80,15 @@ def before(rollbacks: Sequence[Rollback], update: int, count: int = 1) -> int:
         update -= 1
         count -= not left_out(rollbacks, update)
     return update
+
+
+def where_to_go_on(run: Path) -> tuple[Manifest | None, list[str], list[Rollback]]:
+    """The newest checkpoint that counts, what is wrong with newer ones, and the rollbacks. On rank 0: it removes what a
+    rollback has made void."""
+    rollbacks = read(run)
+    supersede(run, rollbacks)
+    manifest, damaged = loading.newest(run)
+    if manifest and manifest.best and manifest.best.step not in checkpoint.steps_on_disk(run):
+        # It had made room for a better one, from which the run has gone back.
+        manifest = replace(manifest, best=None)
+    return manifest, damaged, rollbacks

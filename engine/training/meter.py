@@ -1,4 +1,4 @@
-"""The terms of the objective step by step between two lines of metrics, kept on the device until then."""
+"""What each step told between two lines of metrics, terms and norms, kept on the device until then."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.ranks.placement import Placement
-from losses import Terms
+from engine.training.step import Outcome
 
 Key = tuple[int | None, str]
+_Column = tuple[int | None, str, bool]
+"""Peer, name, and whether it is a term of the objective; otherwise the norm of a gradient."""
 
 
 @dataclass(frozen=True)
@@ -20,23 +22,19 @@ class Reading:
 
     terms: dict[Key, Tensor]
     """(peer, name) -> [steps] float64 on the CPU; NaN in steps whose update was skipped, 0 where there was none."""
+    norms: dict[int, Tensor]
+    """peer -> [steps], the norm of its gradient, as the terms."""
     skipped: int
     """Updates skipped."""
     longest: tuple[int, int]
     """The longest row of skipped updates: the step in which it began, counted from the first of this reading and
     negative where that was before it, and its length."""
 
-    @property
-    def means(self) -> dict[Key, float]:
-        """Over the steps whose update was made; NaN where there was none."""
-        return {key: values.nanmean().item() for key, values in self.terms.items()}
-
     def losses(self) -> dict[int | None, list[float]]:
         """The sum of the terms of each peer, and of the whole cohort's (None), in each step."""
         sums: dict[int | None, Tensor] = {}
-        for (k, name), values in self.terms.items():
-            if name != "grad_norm":
-                sums[k] = sums[k] + values if k in sums else values
+        for (k, _), values in self.terms.items():
+            sums[k] = sums[k] + values if k in sums else values
         return {k: values.tolist() for k, values in sums.items()}
 
 
@@ -45,41 +43,43 @@ class Meter:
 
     def __init__(self, placement: Placement, device: torch.device) -> None:
         self._placement, self._device = placement, device
-        self._keys: list[Key] = []
-        self._steps: list[tuple[tuple[Key, ...], Tensor]] = []
+        self._columns: list[_Column] = []
+        self._steps: list[tuple[tuple[_Column, ...], Tensor]] = []
         self._skipped: list[Tensor] = []
         self._nothing = torch.zeros((), device=device)
         self.in_a_row = 0
         """Updates skipped up to the last reading without one that was made."""
 
-    def add(self, terms: Terms, skipped: Tensor) -> None:
+    def add(self, outcome: Outcome) -> None:
         """Counts one step. Terms of a skipped step, which may be non-finite, are left out of the means."""
-        self._steps.append((tuple(terms), torch.stack([self._nothing, *(x.reshape(()) for x in terms.values())])))
-        self._skipped.append(skipped)
+        columns: dict[_Column, Tensor] = {(k, name, True): x for (k, name), x in outcome.terms.items()}
+        columns |= {(k, "grad_norm", False): x for k, x in outcome.norms.items()}
+        self._steps.append((tuple(columns), torch.stack([self._nothing, *(x.reshape(()) for x in columns.values())])))
+        self._skipped.append(outcome.skipped)
 
     def read(self) -> Reading:
         """What has been added since the last reading; one all-reduce, one wait for the device."""
-        here = {key for keys, _ in self._steps for key in keys}
-        new = torch.tensor([bool(here - set(self._keys))], dtype=torch.int32, device=self._device)
+        here = {column for columns, _ in self._steps for column in columns}
+        new = torch.tensor([bool(here - set(self._columns))], dtype=torch.int32, device=self._device)
         dist.all_reduce(new, dist.ReduceOp.MAX)
         if new.item():
-            everyones: list[list[Key]] = [[] for _ in range(self._placement.world)]
+            everyones: list[list[_Column]] = [[] for _ in range(self._placement.world)]
             dist.all_gather_object(everyones, list(here))
-            self._keys = sorted({key for keys in [*everyones, self._keys] for key in keys}, key=str)
+            self._columns = sorted({column for columns in [*everyones, self._columns] for column in columns}, key=str)
         return self._close(self._table())
 
     def _table(self) -> Tensor:
-        """[steps, 1 + terms] float64 on the CPU: whether the update was skipped, then the terms over all ranks."""
-        table = torch.zeros(len(self._steps), 1 + len(self._keys), device=self._device)
+        """[steps, 1 + columns] float64 on the CPU: whether the update was skipped, then the columns over all ranks."""
+        table = torch.zeros(len(self._steps), 1 + len(self._columns), device=self._device)
         if not self._steps:
             return table.double().cpu()
-        by_keys: dict[tuple[Key, ...], list[int]] = {}
-        for step, (keys, _) in enumerate(self._steps):
-            by_keys.setdefault(keys, []).append(step)
-        for keys, steps in by_keys.items():
-            holders = [self._placement.world if k is None else self._placement.replicas for k, _ in keys]
+        alike: dict[tuple[_Column, ...], list[int]] = {}
+        for step, (columns, _) in enumerate(self._steps):
+            alike.setdefault(columns, []).append(step)
+        for columns, steps in alike.items():
+            holders = [self._placement.world if k is None else self._placement.replicas for k, *_ in columns]
             share = torch.tensor([1.0, *(1 / n for n in holders)], device=self._device)
-            places = [0, *(1 + self._keys.index(key) for key in keys)]
+            places = [0, *(1 + self._columns.index(column) for column in columns)]
             rows = torch.tensor(steps, device=self._device)[:, None]
             table[rows, torch.tensor(places, device=self._device)] = (
                 torch.stack([self._steps[step][1] for step in steps]) * share
@@ -97,5 +97,11 @@ class Meter:
                 longest = (step + 1 - self.in_a_row, self.in_a_row)
         self._steps.clear()
         self._skipped.clear()
-        terms = table[:, 1:].masked_fill(skipped[:, None], torch.nan)
-        return Reading(dict(zip(self._keys, terms.unbind(1), strict=True)), int(skipped.sum()), longest)
+        values = table[:, 1:].masked_fill(skipped[:, None], torch.nan).unbind(1)
+        found = dict(zip(self._columns, values, strict=True))
+        return Reading(
+            terms={(k, name): x for (k, name, is_term), x in found.items() if is_term},
+            norms={k: x for (k, _, is_term), x in found.items() if k is not None and not is_term},
+            skipped=int(skipped.sum()),
+            longest=longest,
+        )

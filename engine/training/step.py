@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,18 @@ from engine.training.timing import Clock
 from losses import AfterStep, Progress, Signals, Terms
 
 
-def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clock: Clock) -> tuple[Terms, Tensor]:
+class Outcome(NamedTuple):
+    """What a step tells of itself, for the meter."""
+
+    terms: Terms
+    """Of the objective, detached, averaged over the micro-batches."""
+    norms: dict[int, Tensor]
+    """The norm of each resident's gradient, before it was clipped."""
+    skipped: Tensor
+    """[1] on the device, 1 where the update was skipped because some rank met a non-finite number."""
+
+
+def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clock: Clock) -> Outcome:
     """One update of every peer from this rank's rows of one global batch.
 
     Args:
@@ -24,13 +36,9 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
         batches: the micro-batches, one after another; each is 1/len(batches) of the rank's rows.
         progress: of the run; `progress.step` updates have been done.
         clock: told when each part of the step is over.
-
-    Returns:
-        The terms of the objective and (k, "grad_norm") of each resident, detached, averaged over the micro-batches; and
-        [1] on the device, 1 where the update was skipped because some rank met a non-finite number.
     """
-    everybody = range(cohort.placement.num_peers)
     total: Terms = {}
+    norms: dict[int, Tensor] = {}
     skipped = torch.zeros(1, device=cohort.device)
     everywhere: list[Sequence[Signals]] = []
     cohort.begin_step(progress.step)
@@ -38,30 +46,14 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         with cohort.gradients_stay_here(not last):
-            own = dict(cohort.forward(batch, progress, micro, everybody))
-            clock.mark("forward")
-            for turn in cohort.turns:
-                learners = [k for k in turn if k in cohort.residents]
-
-                signals = cohort.share(own, batch)
-                clock.mark("exchange")
+            for learners, signals, terms in _gradients(cohort, batch, progress, micro, len(batches), clock):
                 everywhere.append([_wide(peer) for peer in signals])
-
-                terms = cohort.objective(learners, signals, batch.targets, progress, micro)
                 for key, term in terms.items():
-                    total[key] = total.get(key, 0) + term.detach() / len(batches)
-                if terms:
-                    loss = torch.stack(list(terms.values())).sum() / len(batches)
-                    cohort.scaler.scale(loss).backward()
-                clock.mark("backward")
-
+                    total[key] = total.get(key, 0) + term / len(batches)
                 if last:
-                    skipped = torch.maximum(skipped, _update(cohort, learners, total))
+                    skip, found = _update(cohort, learners, total)
+                    skipped, norms = torch.maximum(skipped, skip), norms | found
                     clock.mark("optimizer")
-                if turn is not cohort.turns[-1]:
-                    with torch.no_grad():
-                        own |= cohort.forward(batch, progress, micro, turn)
-                    clock.mark("forward")
 
     cohort.restore_buffers(skipped)
     cohort.scaler.update()
@@ -81,7 +73,37 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
         _outer_update(cohort)
     cohort.update_averages(progress.step)
     clock.mark("optimizer")
-    return total, skipped
+    return Outcome(total, norms, skipped)
+
+
+def _gradients(
+    cohort: Cohort, batch: Batch, progress: Progress, micro: int, parts: int, clock: Clock
+) -> Iterator[tuple[Sequence[int], Sequence[Signals], Terms]]:
+    """Forward, exchange, objective and backward, turn after turn: the learners of a turn get 1/parts of a micro-batch's
+    gradients added to theirs. What the caller does to their weights before it asks for the next turn, that turn sees.
+
+    Yields:
+        The learners, the signals of all peers, and the detached terms.
+    """
+    own = dict(cohort.forward(batch, progress, micro, range(cohort.placement.num_peers)))
+    clock.mark("forward")
+    for turn in cohort.turns:
+        learners = [k for k in turn if k in cohort.residents]
+
+        signals = cohort.share(own, batch)
+        clock.mark("exchange")
+
+        terms = cohort.objective(learners, signals, batch.targets, progress, micro)
+        if terms:
+            loss = torch.stack(list(terms.values())).sum() / parts
+            cohort.scaler.scale(loss).backward()
+        clock.mark("backward")
+        yield learners, signals, {key: term.detach() for key, term in terms.items()}
+
+        if turn is not cohort.turns[-1]:
+            with torch.no_grad():
+                own |= cohort.forward(batch, progress, micro, turn)
+            clock.mark("forward")
 
 
 def settle(cohort: Cohort, rows: int, progress: Progress) -> None:
@@ -96,17 +118,17 @@ def settle(cohort: Cohort, rows: int, progress: Progress) -> None:
     nothing = torch.zeros(rows, dtype=torch.int64, device=device)
     batch = Batch((images,) * len(cohort.views), nothing, nothing)
     cohort.begin_step(progress.step)
-    own = cohort.forward(batch, progress, 0, range(cohort.placement.num_peers))
-    signals = cohort.share(own, batch)
-    for turn in cohort.turns:
-        terms = cohort.objective([k for k in turn if k in cohort.residents], signals, nothing, progress, 0)
-        if terms:
-            torch.stack(list(terms.values())).sum().backward()
+    for _ in _gradients(cohort, batch, progress, 0, 1, Clock(device)):
+        pass
     cohort.restore_buffers(torch.ones(1, device=device))
 
 
-def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> Tensor:
-    """Steps the optimisers of this turn, unless some rank of the world met a non-finite loss or gradient."""
+def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> tuple[Tensor, dict[int, Tensor]]:
+    """Steps the optimisers of this turn, unless some rank of the world met a non-finite loss or gradient.
+
+    Returns:
+        [1], whether it was skipped, and the norm of each learner's gradient.
+    """
     residents = [cohort.residents[k] for k in learners]
     modules: list[tuple[nn.Module, torch.optim.Optimizer]] = [(r.peer, r.optimizer) for r in residents]
     if cohort.shared_optimizer:
@@ -123,9 +145,7 @@ def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> Tensor:
         if cohort.config.train.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), cohort.config.train.clip_norm, norm)
         update(optimizer, skip, cohort.scaler)
-    for resident, norm in zip(residents, norms, strict=False):
-        total[resident.index, "grad_norm"] = norm
-    return skip
+    return skip, {resident.index: norm for resident, norm in zip(residents, norms, strict=False)}
 
 
 def _outer_update(cohort: Cohort) -> None:

@@ -318,6 +318,6 @@ def _stepper(
 
     def step() -> Tensor:
         clock.restart()
-        return train_step(cohort, [batch], Progress(next(count), 1000, 1), clock)[1]
+        return train_step(cohort, [batch], Progress(next(count), 1000, 1), clock).skipped
 
     return step, clock

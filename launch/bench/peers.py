@@ -63,7 +63,7 @@ def engine_step(cohort: Cohort, options: argparse.Namespace) -> Callable[[], obj
 
     def step() -> None:
         done = next(count)
-        meter.add(*train_step(cohort, [batch], Progress(done, 1000, 1), clock))
+        meter.add(train_step(cohort, [batch], Progress(done, 1000, 1), clock))
         if done % 50 == 49:
             meter.read()
             clock.read()

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from engine.ranks.collectives import Launch
-from engine.safety.checkpoint import Saver, Standing
+from engine.safety.checkpoint import Standing
+from engine.safety.saving import Saver
 from launch.bench.peers import bench_cohort, engine_step
 from launch.bench.turns import headline, timed
 

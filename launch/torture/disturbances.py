@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from launch.torture.gang import Gang, UnexpectedError
 
 FULL = 30_000
@@ -96,7 +96,7 @@ def _saved(gang: Gang, blow: Blow, number: signal.Signals, code: int) -> Blow:
     if gang.end() != code:
         raise UnexpectedError(f"torchrun ended with {gang.agent.returncode} after {number.name}, expected {code}")
     _gone(gang, "the end of all ranks")
-    step, (newest, _) = gang.step(), checkpoint.newest(gang.run)
+    step, (newest, _) = gang.step(), loading.newest(gang.run)
     if f"signal {number.name} at step {step}: saved" not in gang.said() or newest is None or newest.step != step:
         raise UnexpectedError(f"step {step} is not saved, or not said to be, after {number.name}")
     blow.found = f"saved step {step}"

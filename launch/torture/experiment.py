@@ -54,7 +54,7 @@ from engine.config import ConfigError, RunConfig
 from engine.config.loading import dump, validate
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import CheckpointError
 from launch.entry import parser, user_errors
 from launch.torture.disturbances import KINDS, Kind
@@ -209,7 +209,7 @@ def _disturb(options: argparse.Namespace, folder: Path, steps: int, exact: bool,
                 problems += _problems_at_rest(gang, folder, damaged, exact)
                 if kind.spoils:
                     blow.found, must_say = kind.spoils(run, rng)
-                newest, _ = checkpoint.newest(run)
+                newest, _ = loading.newest(run)
                 expected, damaged = newest and newest.step, set(_damaged(run))
                 gang, spoken = _start(folder, number, deck[number:], options.ranks, rng), 0
             resumed = _going_on(gang, spoken)
@@ -286,7 +286,7 @@ def _damaged(run: Path) -> dict[int, str]:
     found = {}
     for step in checkpoint.steps_on_disk(run):
         try:
-            checkpoint.verify(checkpoint.folder_of(run, step))
+            loading.verify(checkpoint.folder_of(run, step))
         except CheckpointError as error:
             found[step] = str(error)
     return found
@@ -332,7 +332,7 @@ def _verdicts(folder: Path, config: RunConfig, exact: bool) -> Iterator[tuple[st
 
 def _final(run: Path) -> dict[str, Any]:
     """Everything in the newest checkpoint: `file/key/key` -> tensor or plain value."""
-    manifest, _ = checkpoint.newest(run)
+    manifest, _ = loading.newest(run)
     assert manifest
     flat: dict[str, Any] = {"step": manifest.step, "best": manifest.best and manifest.best.step}
 
@@ -344,7 +344,7 @@ def _final(run: Path) -> dict[str, Any]:
             flat[key] = value
 
     for name in manifest.files:
-        walk(checkpoint.read_state(checkpoint.folder_of(run, manifest.step), name), name)
+        walk(loading.read_state(checkpoint.folder_of(run, manifest.step), name), name)
     return flat
 
 

@@ -16,7 +16,7 @@ from engine.config import RunConfig
 from engine.config.loading import validate
 from engine.ranks.placement import plan
 from engine.ranks.tables import ShardedTable, Table
-from engine.training.step import train_step
+from engine.training.step import Outcome, train_step
 from engine.training.timing import Clock
 from losses import METHODS, Method, Progress
 
@@ -110,12 +110,18 @@ def batches(
 
 
 def do_steps(cohort: Cohort, steps: Sequence[int], channels: int = 1, spoil: Spoil | None = None) -> list[Any]:
-    """Trains; gives (terms as numbers, skipped) of each step."""
+    """Trains; gives (terms and norms as numbers, skipped) of each step."""
     done = []
     for step, pieces in batches(cohort, steps, channels, spoil):
-        terms, skipped = train_step(cohort, pieces, Progress(step, STEPS_PER_EPOCH, 2), Clock(CPU))
-        done.append(({key: value.item() for key, value in terms.items()}, int(skipped)))
+        outcome = train_step(cohort, pieces, Progress(step, STEPS_PER_EPOCH, 2), Clock(CPU))
+        done.append((numbers_of(outcome), int(outcome.skipped)))
     return done
+
+
+def numbers_of(outcome: Outcome) -> dict[tuple[int | None, str], float]:
+    """The terms, and (k, "grad_norm") of each resident."""
+    norms = {(k, "grad_norm"): norm.item() for k, norm in outcome.norms.items()}
+    return {key: term.item() for key, term in outcome.terms.items()} | norms
 
 
 def state(cohort: Cohort) -> dict[str, Tensor]:

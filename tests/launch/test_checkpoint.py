@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import Best
 from tests.checkpoints import PEER, a_run, change_state
 from tests.launch.command import run_command
@@ -38,7 +38,7 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     train_here(a_run(tiny, folder, checkpoint={"every_steps": 3, "keep": 9}))
     newest = checkpoint.folder_of(folder, 10)
-    checkpoint.write_manifest(newest, replace(checkpoint.verify(newest), best=Best(5, 99.0)))
+    checkpoint.write_manifest(newest, replace(loading.verify(newest), best=Best(5, 99.0)))
     return folder
 
 
@@ -97,9 +97,9 @@ def test_show_prints_every_tensor_with_shape_format_and_number(run: Path) -> Non
     _, out, _ = run_command("checkpoint", "show", str(run))
     assert f"{at}\n  method   dml\n" in out
     assert "best     step 5, mean top-1 99.00 %" in out
-    for name in checkpoint.verify(at).files:
+    for name in loading.verify(at).files:
         assert f"\n{name}: " in out
-    network = checkpoint.read_state(at, PEER)["network"]
+    network = loading.read_state(at, PEER)["network"]
     of_peer = out.partition(f"\n{PEER}: ")[2]
     assert f"network: {sum(weight.numel() for weight in network.values()):,} numbers\n" in of_peer
     for key, weight in network.items():

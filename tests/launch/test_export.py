@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import models
 from engine.config.loading import load
-from engine.safety.checkpoint import folder_of, read_state
+from engine.safety.checkpoint import folder_of
+from engine.safety.loading import read_state
 from tests.launch.command import run_command
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks

@@ -16,7 +16,7 @@ import pytest
 
 from engine.config import RunConfig
 from engine.config.loading import dump
-from engine.safety import checkpoint
+from engine.safety import loading
 from tests.kills import assert_same_state, final_state, last_step, numbers
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
@@ -177,7 +177,7 @@ def test_a_rank_that_stopped_is_named_before_the_others_give_up(run: tuple[RunCo
         wait(lambda: "warning: 3 s: Rank 1 does not answer; it was last heard of at" in agent.text(), agent)
         assert agent.process.wait(90) == 1
     assert "RankLostError: rank 0 of 2, " in agent.text()
-    assert checkpoint.newest(config.folder)[0] is not None
+    assert loading.newest(config.folder)[0] is not None
 
 
 def test_no_rank_outlives_a_torchrun_that_was_killed(run: tuple[RunConfig, Path], tmp_path: Path) -> None:

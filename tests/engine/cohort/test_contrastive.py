@@ -192,11 +192,11 @@ def gradients_and_terms(config: RunConfig, order: list[int] | None = None) -> tu
         whole = global_batch(config, step)
         rows = torch.arange(len(whole.ids))[order or slice(None)][cohort.placement.rows(len(whole.ids))]
         mine = Batch((whole.images[rows],), whole.targets[rows], whole.ids[rows]).split(config.train.accumulation)
-        terms, _ = train_step(cohort, mine, Progress(step, STEPS_PER_EPOCH, 2), Clock(CPU))
+        terms = train_step(cohort, mine, Progress(step, STEPS_PER_EPOCH, 2), Clock(CPU)).terms
     named = {f"{k}/{n}": p for k, r in cohort.residents.items() for n, p in r.peer.named_parameters()}
     found = {name: p.detach().clone() for name, p in named.items()}
     found |= {f"gradient of {name}": p.grad.clone() for name, p in named.items() if p.grad is not None}
-    return found, {key: x.item() for key, x in terms.items() if key[1] != "grad_norm"}
+    return found, {key: x.item() for key, x in terms.items()}
 
 
 def of_all_ranks(form: str, peers: int, ranks: int, placement: Any, order: Any = None, **options: Any) -> Any:

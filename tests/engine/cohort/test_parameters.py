@@ -15,11 +15,11 @@ from torch import Tensor
 import models
 from engine.cohort.cohort import Cohort
 from engine.config import ConfigError, RunConfig
-from engine.preflight import check
+from engine.preflight import check_run
 from engine.ranks.collectives import Launch
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.training.step import train_step
 from losses import METHODS, AfterStep, PeerInfo, Progress
 from tests.engine.ranks.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
@@ -301,7 +301,7 @@ def test_what_is_exported_is_the_plain_network(tiny: Path, tmp_path: Path, metho
     run_ranks(1, train_here, small_run(tiny, tmp_path, method, peers, train={"epochs": 1}))
     run_command("export", str(tmp_path))
     trained = weights(tmp_path)
-    for name in checkpoint.verify(checkpoint.folder_of(tmp_path, 5)).peers:
+    for name in loading.verify(checkpoint.folder_of(tmp_path, 5)).peers:
         network = models.load_network(tmp_path / "export" / f"{name}.json")
         plain = "cifar_wrn_16_1" if "wrn" in name else "cifar_resnet8_b"
         options = {} if "wrn" in name else {"width": 4}
@@ -323,19 +323,21 @@ def test_dcl_refuses_peers_that_differ_by_name() -> None:
 def test_dcm_refuses_networks_without_stages_before_anything_is_started(tiny: Path, tmp_path: Path) -> None:
     plain = {"network": "timm/vit_tiny_patch16_224", "options": {"img_size": 28, "patch_size": 4, "depth": 2}}
     with pytest.raises(ConfigError) as error:
-        check(small_run(tiny, tmp_path, {"name": "dcm"}, [UNLIKE[0], plain]), Launch(0, 0, 1))
+        check_run(small_run(tiny, tmp_path, {"name": "dcm"}, [UNLIKE[0], plain]), Launch(0, 0, 1))
     assert str(error.value) == (
         "method.name = dcm: cannot train timm/vit_tiny_patch16_224 on images of 28 pixels: VisionTransformer has no "
         "stages: no feature maps that shrink from one to the next"
     )
-    check(small_run(tiny, tmp_path, {"name": "dcm"}, UNLIKE), Launch(0, 0, 1))
+    check_run(small_run(tiny, tmp_path, {"name": "dcm"}, UNLIKE), Launch(0, 0, 1))
 
 
 def test_dcm_refuses_networks_that_its_classifiers_cannot_go_on_from_before_anything_is_started(
     tiny: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        check(small_run(tiny, tmp_path, {"name": "dcm"}, [UNLIKE[0], {"network": "cifar_wrn_10_2"}]), Launch(0, 0, 1))
+        check_run(
+            small_run(tiny, tmp_path, {"name": "dcm"}, [UNLIKE[0], {"network": "cifar_wrn_10_2"}]), Launch(0, 0, 1)
+        )
     assert str(error.value) == (
         "method.name = dcm: cannot train cifar_wrn_10_2 on images of 28 pixels: DCM's classifier after stage 1 halves "
         "the 1 block of stage 3; expected depth >= 16"

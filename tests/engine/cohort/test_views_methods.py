@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.config import ConfigError, RunConfig
 from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from models.stages import plain_state
 from tests.engine.ranks.test_exchange import FLOAT, ROWS, counted
 from tests.engine.stepping import CLASSES, cohort_of, config_of, do_steps
@@ -67,7 +67,7 @@ HELD_OUT = {"views": "per_peer", "held_out": 0.3, "global_batch": 12}
 
 
 def mixture(folder: Path, step: int) -> Tensor:
-    return checkpoint.read_state(checkpoint.folder_of(folder, step), "shared.pt")["modules"]["method.mixture"]
+    return loading.read_state(checkpoint.folder_of(folder, step), "shared.pt")["modules"]["method.mixture"]
 
 
 def test_kdcl_general_is_the_same_in_every_placement(tiny: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from engine.config import ConfigError
 from engine.config import loading as config_file
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import CheckpointError
 from tests.checkpoints import PEER, a_run
 from tests.runs import train_here
@@ -187,7 +187,7 @@ def verify_above(path: Path) -> dict[str, Any]:
 def test_manifests(saved: Path, tmp_path: Path) -> None:
     """What is accepted says the same as the original: spaces may change, nothing else."""
     at = Path(shutil.copytree(saved, tmp_path / saved.name))
-    path, expected = at / "manifest.json", checkpoint.verify(at)
+    path, expected = at / "manifest.json", loading.verify(at)
     arguments = (path, [path.read_bytes()], 1000, CheckpointError, 2)
     ((accepted, done),) = run_ranks(1, read_all, verify_above, *arguments)
     assert done == []
@@ -197,7 +197,7 @@ def test_manifests(saved: Path, tmp_path: Path) -> None:
 
 def read_peer(path: Path) -> bool:
     """Whether a peer's file is one of tensors."""
-    return isinstance(checkpoint.read_state(path.parent, path.name), dict)
+    return isinstance(loading.read_state(path.parent, path.name), dict)
 
 
 def test_files_of_tensors(saved: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from engine.ranks.collectives import Launch
 from engine.ranks.meeting import LATE, Meeting
 from engine.ranks.placement import plan
 from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.trainer import train
 from tests.engine.cohort.test_parameters import is_parameter, states_after
 from tests.engine.stepping import CPU, cohort_of, config_of, do_steps, state
@@ -225,9 +225,9 @@ def test_three_jobs_run_to_their_ends_and_have_learnt_from_each_other(tiny: Path
             assert rank.exitcode == 0
     for k, config in enumerate(jobs):
         assert last_step(config.folder) == 60
-        shared = checkpoint.read_state(checkpoint.folder_of(config.folder, 60), "shared.pt")["modules"]
+        shared = loading.read_state(checkpoint.folder_of(config.folder, 60), "shared.pt")["modules"]
         assert shared["method._extra_state"].tolist() == [True] * 3
-        assert checkpoint.verify(checkpoint.folder_of(config.folder, 60)).peers == [NAMES[k]]
+        assert loading.verify(checkpoint.folder_of(config.folder, 60)).peers == [NAMES[k]]
         last = [line for line in read_metrics(config.folder) if "lr" in line][-1]
         assert {key.split("/")[1] for key in last if key.startswith("train/") and key != "train/skipped"} == {NAMES[k]}
         assert last[f"train/{NAMES[k]}/kl"] > 0
@@ -461,6 +461,6 @@ def test_two_jobs_under_torchrun(tiny: Path, tmp_path: Path) -> None:
     for name in "ab":
         folder = tmp_path / "run" / name
         assert last_step(folder) == 100
-        shared = checkpoint.read_state(checkpoint.folder_of(folder, 100), "shared.pt")["modules"]
+        shared = loading.read_state(checkpoint.folder_of(folder, 100), "shared.pt")["modules"]
         taken.append(shared["method._extra_state"].tolist())
     assert [True, True] in taken, "who ends last has found the other's weights at its last step"

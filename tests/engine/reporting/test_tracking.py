@@ -23,7 +23,7 @@ from PIL import Image
 from engine.config import RunConfig
 from engine.config.loading import dump, load
 from engine.reporting.tracking import Tracker, read_metrics, record_start
-from engine.trainer import TrainingDivergedError
+from engine.safety.answers import TrainingDivergedError
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
 

@@ -17,10 +17,10 @@ import torch
 import models
 from engine.config import ConfigError, RunConfig
 from engine.config.loading import dump
-from engine.preflight import check
+from engine.preflight import check_run
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import CheckpointError
 from tests.kills import assert_same_state, final_state, kill_after_step, numbers
 from tests.launch.command import run_command
@@ -151,16 +151,16 @@ def test_files_of_the_parts_and_what_the_manifest_says_of_them(undisturbed: Any)
     """No bank is in shared.pt, and the two ranks' rows, in order, are those of the run that keeps its banks whole."""
     one, other = (checkpoint.folder_of(undisturbed(method, 2), 10) for method in ("mcl", "mcl_sharded"))
     tables = [
-        sorted(name for name in checkpoint.verify(folder).files if name.startswith("tables")) for folder in (one, other)
+        sorted(name for name in loading.verify(folder).files if name.startswith("tables")) for folder in (one, other)
     ]
     assert tables == [["tables_00000_of_00001.pt"], ["tables_00000_of_00002.pt", "tables_00001_of_00002.pt"]]
-    whole = checkpoint.read_state(one, tables[0][0])
-    parts = [checkpoint.read_state(other, name) for name in tables[1]]
+    whole = loading.read_state(one, tables[0][0])
+    parts = [loading.read_state(other, name) for name in tables[1]]
     assert list(whole) == ["method.memory.banks.0", "method.memory.banks.1"]
     for name, rows in whole.items():
         assert [len(part[name]) for part in parts] == [60, 60]
         assert torch.equal(torch.cat([part[name] for part in parts]), rows)
-    assert not any("banks" in name for name in checkpoint.read_state(one, "shared.pt")["modules"])
+    assert not any("banks" in name for name in loading.read_state(one, "shared.pt")["modules"])
 
 
 def test_a_checkpoint_without_a_part_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -171,10 +171,10 @@ def test_a_checkpoint_without_a_part_is_refused(tiny: Path, tmp_path: Path) -> N
     before = lost.read_bytes()
     lost.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=r"tables_00001_of_00002.pt: altered"):
-        checkpoint.verify(folder)
+        loading.verify(folder)
     lost.unlink()
     with pytest.raises(CheckpointError, match=r"tables_00001_of_00002.pt: missing"):
-        checkpoint.verify(folder)
+        loading.verify(folder)
 
 
 # -- a real run -------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
 def test_refused_before_anything_is_started(tiny: Path, tmp_path: Path, mistake: str) -> None:
     method, peers, message = REFUSED[mistake]
     with pytest.raises(ConfigError) as error:
-        check(small_run(tiny, tmp_path / "run", method, peers), Launch(0, 0, 1))
+        check_run(small_run(tiny, tmp_path / "run", method, peers), Launch(0, 0, 1))
     assert str(error.value) == message
 
 

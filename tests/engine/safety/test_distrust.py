@@ -17,7 +17,7 @@ import torch
 from data_pipelines.folder import list_folder
 from engine.config import ConfigError, RunConfig
 from engine.files import digest, write_json
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import CheckpointError
 from tests.checkpoints import PEER, a_run, change_state, edit, forge, replace_file
 from tests.kills import assert_same_state, final_state, numbers
@@ -270,10 +270,10 @@ def test_damage_is_named_and_the_checkpoint_before_is_found(run: Path, damage: s
     size = (at / PEER).stat().st_size
     inflict(at)
     with pytest.raises(CheckpointError) as error:
-        checkpoint.verify(at)
+        loading.verify(at)
     assert str(error.value).startswith(expected.format(at=at, size=size))
     assert "\n" not in str(error.value)
-    manifest, damaged = checkpoint.newest(run)
+    manifest, damaged = loading.newest(run)
     assert manifest is not None
     assert (manifest.step, damaged) == (9, [str(error.value)])
 
@@ -290,7 +290,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
     tiny: Path, whole: Path, run: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     DOES_NOT_VERIFY[damage][0](checkpoint.folder_of(run, 10))
-    damaged = checkpoint.newest(run)[1]
+    damaged = loading.newest(run)[1]
     train_here(a_run(tiny, run))
     said = capsys.readouterr().err
     assert f"not used: {damaged[0]}\n" in said
@@ -421,7 +421,7 @@ def test_a_checkpoint_that_verifies_and_cannot_be_used_ends_the_start_with_its_n
     at = checkpoint.folder_of(run, 10)
     inflict(at)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert checkpoint.verify(at).step == 10
+    assert loading.verify(at).step == 10
     with pytest.raises(CheckpointError) as error:
         train_here(a_run(tiny, run))
     assert str(error.value).startswith(expected.format(at=at))

@@ -16,7 +16,7 @@ from engine import trainer
 from engine.config import RunConfig
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint
+from engine.safety import loading
 from engine.safety.preemption import Preemption, end_with_parent
 from engine.trainer import train
 from tests.kills import assert_same_state, chance, final_state, last_step, numbers, running, state_of
@@ -72,7 +72,7 @@ def listens(pid: int) -> bool:
 
 def saved(folder: Path) -> int:
     """The step of the newest checkpoint, which must be the last that the metrics know of."""
-    manifest, damaged = checkpoint.newest(folder)
+    manifest, damaged = loading.newest(folder)
     assert manifest is not None
     assert not damaged
     assert manifest.step == last_step(folder)

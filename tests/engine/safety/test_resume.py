@@ -15,7 +15,7 @@ import pytest
 from engine.config import RunConfig
 from engine.config.loading import dump
 from engine.files import digest
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from tests.kills import (
     assert_same_state,
     chance,
@@ -136,7 +136,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(tiny: Path, tmp_path: Path, und
     for step in checkpoint.steps_on_disk(tmp_path):
         if step > 6:
             checkpoint.folder_of(tmp_path, step).rename(tmp_path / f"elsewhere_{step}")
-    manifest, damaged = checkpoint.newest(tmp_path)
+    manifest, damaged = loading.newest(tmp_path)
     assert manifest is not None
     assert (manifest.step, damaged) == (6, [])
     run_ranks(2, train_here, config)

@@ -17,10 +17,11 @@ from data_pipelines.readers import STANDARD
 from engine.config import ConfigError, RunConfig
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint, rollback
+from engine.safety import checkpoint, loading, rollback
+from engine.safety.answers import TrainingDivergedError
 from engine.safety.checkpoint import CheckpointError
 from engine.safety.rollback import Rollback
-from engine.trainer import TrainingDivergedError, train
+from engine.trainer import train
 from tests.data_pipelines.files import write_idx
 from tests.kills import assert_same_state, chance, final_state, kill_run, last_step, numbers
 from tests.runs import small_run, train_here, weights
@@ -119,7 +120,7 @@ def test_a_run_goes_back_and_leaves_out_the_steps_that_went_wrong(
     assert not [line for line in lines for key in line if key.endswith("/spikes")]
     assert trained[steps.index(21)]["train/cifar_resnet8_b-0/ce"] is None  # Nothing was trained on.
     assert all(math.isfinite(line["train/cifar_resnet8_b-0/ce"]) for line in trained if line["step"] != 21)
-    assert checkpoint.verify(checkpoint.folder_of(undisturbed, STEPS)).rollbacks == 1
+    assert loading.verify(checkpoint.folder_of(undisturbed, STEPS)).rollbacks == 1
 
     one = a_run(mislabelled, tmp_path)
     run_ranks(1, train_here, one)

@@ -49,9 +49,10 @@ def _steps(config: RunConfig, steps: int, watch_from: int | None = None) -> tupl
                 if done == watch_from:
                     torch.cuda.set_sync_debug_mode("error")
                 progress = Progress(done, pipeline.steps_per_epoch, config.train.epochs)
-                terms, skipped = train_step(cohort, [batch], progress, clock)
-                meter.add(terms, skipped)
-                losses.append(torch.stack([x.reshape(()) for (_, name), x in terms.items() if name == "ce"]).mean())
+                outcome = train_step(cohort, [batch], progress, clock)
+                meter.add(outcome)
+                ces = [x.reshape(()) for (_, name), x in outcome.terms.items() if name == "ce"]
+                losses.append(torch.stack(ces).mean())
                 done += 1
                 if done == steps:
                     break

@@ -9,7 +9,7 @@ import pytest
 
 from engine.config import ConfigError, RunConfig
 from engine.ranks.placement import plan
-from engine.safety import checkpoint
+from engine.safety import checkpoint, loading
 from tests.kills import assert_same_state, final_state, kill_run, numbers
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks
@@ -71,7 +71,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_the_undisturbed_one(
     for step in checkpoint.steps_on_disk(tmp_path):
         if step > 4:
             checkpoint.folder_of(tmp_path, step).rename(tmp_path / f"elsewhere_{step}")
-    manifest, _ = checkpoint.newest(tmp_path)
+    manifest, _ = loading.newest(tmp_path)
     assert manifest is not None
     assert manifest.step == 4
     run_ranks(2, train_here, config)

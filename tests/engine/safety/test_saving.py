@@ -27,8 +27,9 @@ from engine.config import RunConfig
 from engine.files import sync
 from engine.ranks.placement import plan
 from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint
-from engine.safety.checkpoint import Best, Saver, Standing
+from engine.safety import checkpoint, loading, saving
+from engine.safety.checkpoint import Best, Standing
+from engine.safety.saving import Saver
 from tests.checkpoints import PEER, a_run
 from tests.kills import assert_same_state, final_state, numbers, running
 from tests.runs import train_here
@@ -67,7 +68,7 @@ def test_the_best_is_the_first_with_the_highest_mean_top1(tiny: Path, tmp_path: 
         if "val/disagreement" in line
     }
     best = max(scores, key=lambda step: scores[step])
-    assert checkpoint.verify(checkpoint.folder_of(tmp_path, 30)).best == Best(best, scores[best])
+    assert loading.verify(checkpoint.folder_of(tmp_path, 30)).best == Best(best, scores[best])
     assert best in checkpoint.steps_on_disk(tmp_path)
 
 
@@ -76,10 +77,10 @@ def test_the_newest_and_the_best_are_kept(tiny: Path, tmp_path: Path, keep: int)
     train_here(a_run(tiny, tmp_path, checkpoint={"keep": 9, "every_steps": None}))
     # No later evaluation can be better than this.
     newest = checkpoint.folder_of(tmp_path, 10)
-    checkpoint.write_manifest(newest, replace(checkpoint.verify(newest), best=Best(5, 100.0)))
+    checkpoint.write_manifest(newest, replace(loading.verify(newest), best=Best(5, 100.0)))
     train_here(a_run(tiny, tmp_path, train={"epochs": 6}, checkpoint={"keep": keep, "every_steps": None}))
     assert checkpoint.steps_on_disk(tmp_path) == [5, *range(35 - 5 * keep, 31, 5)]
-    assert checkpoint.verify(checkpoint.folder_of(tmp_path, 30)).best == Best(5, 100.0)
+    assert loading.verify(checkpoint.folder_of(tmp_path, 30)).best == Best(5, 100.0)
 
 
 def test_leftovers_of_earlier_kills_do_not_matter_and_are_cleaned(tiny: Path, whole: Path, run: Path) -> None:
@@ -97,7 +98,7 @@ def test_leftovers_of_earlier_kills_do_not_matter_and_are_cleaned(tiny: Path, wh
 def test_a_checkpoint_that_is_there_but_damaged_is_replaced(tiny: Path, run: Path) -> None:
     (checkpoint.folder_of(run, 10) / PEER).write_bytes(b"")
     train_here(a_run(tiny, run))
-    assert checkpoint.verify(checkpoint.folder_of(run, 10)).step == 10
+    assert loading.verify(checkpoint.folder_of(run, 10)).step == 10
 
 
 def save_step_5(config: RunConfig) -> None:
@@ -112,7 +113,7 @@ def test_a_damaged_one_of_a_later_step_pushes_out_none_that_is_whole(tiny: Path,
     (checkpoint.folder_of(run, 10) / PEER).write_bytes(b"")
     shutil.rmtree(checkpoint.folder_of(run, 9))
     run_world(1, save_step_5, a_run(tiny, run))
-    manifest, damaged = checkpoint.newest(run)
+    manifest, damaged = loading.newest(run)
     assert manifest is not None
     assert (manifest.step, len(damaged)) == (5, 1)
 
@@ -186,7 +187,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_training_goes_on(
         assert re.fullmatch(pattern, reason)
     assert read_metrics(run)[-1]["step"] == 10
     assert [path.name for path in small_disk.iterdir()] == ["step_00000003"]
-    assert checkpoint.verify(checkpoint.folder_of(run, 3)).step == 3
+    assert loading.verify(checkpoint.folder_of(run, 3)).step == 3
 
 
 def test_a_run_on_a_full_disk_goes_on_with_all_its_metrics(tiny: Path, whole: Path, small_disk: Path) -> None:
@@ -195,7 +196,7 @@ def test_a_run_on_a_full_disk_goes_on_with_all_its_metrics(tiny: Path, whole: Pa
     assert [line["step"] for line in read_metrics(small_disk)] == [line["step"] for line in read_metrics(whole)]
     assert checkpoint.steps_on_disk(small_disk)
     for step in checkpoint.steps_on_disk(small_disk):
-        assert checkpoint.verify(checkpoint.folder_of(small_disk, step)).step == step
+        assert loading.verify(checkpoint.folder_of(small_disk, step)).step == step
 
 
 def train_and_listen(config: RunConfig, at: Path, largest_file: int | None = None) -> str:
@@ -249,8 +250,8 @@ def test_a_disk_that_has_room_again_gets_the_next_checkpoint(
 def test_a_wait_for_a_slow_disk_is_told(
     tiny: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.05)
-    monkeypatch.setattr(checkpoint, "sync", lambda path: (time.sleep(0.1), sync(path)))
+    monkeypatch.setattr(saving, "PATIENCE", 0.05)
+    monkeypatch.setattr(saving, "sync", lambda path: (time.sleep(0.1), sync(path)))
     train_here(a_run(tiny, tmp_path))
     said = capsys.readouterr().err
     assert f"training waits for the checkpoint of step 5, which has been written to {tmp_path} for 0 s; if the" in said
@@ -283,8 +284,8 @@ def learnt(folder: Path, step: int) -> set[float]:
     """The values of the weights and the momentum of all peers in a checkpoint."""
     at = checkpoint.folder_of(folder, step)
     found = set()
-    for peer in checkpoint.verify(at).peers:
-        state = checkpoint.read_state(at, f"peer_{peer}.pt")
+    for peer in loading.verify(at).peers:
+        state = loading.read_state(at, f"peer_{peer}.pt")
         found |= {float(x) for kept in state["optimizer"]["state"].values() for x in kept["momentum_buffer"].unique()}
         found |= {float(x) for x in state["network"]["conv1.weight"].unique()}
     return found
@@ -328,7 +329,7 @@ def save_while_one_is_written(config: RunConfig, hold: Path) -> tuple[bool, bool
         release.wait(30)
         sync(path)
 
-    checkpoint.sync = held
+    saving.sync = held
     cohort = a_cohort(config)
     saver = Saver(config.folder, cohort, print)
     saver.save(Standing(1, None, 0, {}, 0), keep=9)
@@ -362,7 +363,7 @@ def writes(config: RunConfig) -> bool:
 
 def test_the_manifest_names_what_was_written(whole: Path) -> None:
     at = checkpoint.folder_of(whole, 10)
-    for name, entry in checkpoint.verify(at).files.items():
+    for name, entry in loading.verify(at).files.items():
         data = (at / name).read_bytes()
         assert (entry.size, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     raw = json.loads((at / "manifest.json").read_text())
@@ -371,7 +372,7 @@ def test_the_manifest_names_what_was_written(whole: Path) -> None:
 
 
 def save_with_a_slow_disk(config: RunConfig) -> None:
-    checkpoint.sync = lambda path: (time.sleep(1), sync(path))
+    saving.sync = lambda path: (time.sleep(1), sync(path))
     train_here(config)
 
 
@@ -390,4 +391,4 @@ def test_a_rank_that_dies_while_it_writes_ends_the_others_soon_and_leaves_nothin
             process.join(60)
         assert all(process.exitcode for process in ranks), [process.exitcode for process in ranks]
     assert checkpoint.steps_on_disk(tmp_path) == []
-    assert checkpoint.newest(tmp_path) == (None, [])
+    assert loading.newest(tmp_path) == (None, [])

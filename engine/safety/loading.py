@@ -1,0 +1,159 @@
+"""Reading checkpoints: the newest that is whole, and its state into a cohort. Nothing in a file is executed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.cohort.cohort import Cohort
+from engine.files import digest
+from engine.ranks.tables import load_parts
+from engine.safety.checkpoint import CheckpointError, Manifest, folder_of, read_manifest, state_of, steps_on_disk
+from models.stages import load_plain_state
+
+
+def verify(folder: Path) -> Manifest:
+    """As `read_manifest`, and compares the SHA-256 of every file."""
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        try:
+            found = digest(folder / name)["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{folder / name}: cannot be read: {error.strerror}") from None
+        if found != entry.sha256:
+            raise CheckpointError(f"{folder / name}: altered: its SHA-256 is not the one in the manifest")
+    return manifest
+
+
+def newest(run: Path) -> tuple[Manifest | None, list[str]]:
+    """The newest checkpoint that is whole, if there is one, and what is wrong with those that are newer."""
+    damaged: list[str] = []
+    for step in reversed(steps_on_disk(run)):
+        try:
+            return verify(folder_of(run, step)), damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def read_state(folder: Path, name: str) -> dict[str, Any]:
+    """One file of a checkpoint, on the CPU, without executing anything that may stand in it.
+
+    Raises:
+        CheckpointError: it holds something else than tensors and plain values.
+    """
+    try:
+        state = torch.load(folder / name, map_location="cpu", weights_only=True)
+    except Exception as error:  # What a file that somebody else made may raise has no end.
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{folder / name}: refused, as it is no file of tensors and nothing in it is executed: {reason}"
+        ) from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder / name}: does not fit this run: expected a dict, found {type(state).__name__}")
+    return state
+
+
+def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:
+    """Puts a checkpoint into the cohort, each rank its part. All ranks call this.
+
+    Raises:
+        CheckpointError: on all ranks, where the checkpoint is of other peers or of another method, or one of them
+            cannot use its part.
+    """
+    failure = None
+    try:
+        _load(folder_of(run, manifest.step), manifest, cohort)
+    except (CheckpointError, OSError) as error:
+        failure = str(error)
+    failures: list[str | None] = [None] * cohort.placement.world
+    dist.all_gather_object(failures, failure)
+    for message in filter(None, failures):
+        raise CheckpointError(message)
+
+
+def _load(folder: Path, manifest: Manifest, cohort: Cohort) -> None:
+    names = [name for name, _ in cohort.config.trained]
+    if manifest.peers != names:
+        raise CheckpointError(f"{folder}: of the peers {', '.join(manifest.peers)}; expected {', '.join(names)}")
+    if manifest.method != cohort.config.method.name:
+        raise CheckpointError(f"{folder}: of method {manifest.method}; expected {cohort.config.method.name}")
+    for resident in cohort.residents.values():
+        with _restored(folder, f"peer_{resident.name}.pt", state_of(resident)) as state:
+            load_plain_state(resident.whole, state["network"])
+            if resident.peer.head is not None:
+                resident.peer.head.load_state_dict(state["head"])
+            _load_optimizer(resident.optimizer, state["optimizer"])
+            if resident.outer_optimizer is not None:
+                _load_optimizer(resident.outer_optimizer, state["outer"])
+            if resident.ema is not None:
+                load_plain_state(resident.ema.module, state["ema"])
+    expected = {"modules": cohort.shared.state_dict(), "optimizer": None}
+    with _restored(folder, "shared.pt", expected) as shared:
+        cohort.shared.load_state_dict(shared["modules"])
+        if cohort.shared_optimizer is not None:
+            _load_optimizer(cohort.shared_optimizer, shared["optimizer"])
+    for name in load_parts(cohort.shared, manifest.files, partial(read_state, folder)):
+        raise CheckpointError(f"{folder}: does not hold all rows of the table {name}")
+    with _fits(folder / "manifest.json"):
+        cohort.scaler.load_state_dict(manifest.scaler)
+
+
+@contextlib.contextmanager
+def _restored(folder: Path, name: str, expected: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One file's state, which has the weights that are expected: their names, shapes and number formats."""
+    state = read_state(folder, name)
+    with _fits(folder / name):
+        _require_keys(expected, state, "")
+        for part, weights in expected.items():
+            if weights is None or part in ("optimizer", "outer"):
+                continue
+            if not isinstance(state[part], dict):
+                raise ValueError(f"{part}: expected weights, found {type(state[part]).__name__}")
+            _require_keys(weights, state[part], f"{part}: ")
+            for key, wanted in weights.items():
+                if isinstance(wanted, Tensor) and _kind(state[part][key]) != _kind(wanted):
+                    raise ValueError(f"{part}: {key}: expected {_kind(wanted)}, found {_kind(state[part][key])}")
+        yield state
+
+
+def _require_keys(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ValueError(f"{where}lacks {_first(missing)}")
+    if extra := sorted(map(str, found.keys() - wanted.keys())):
+        raise ValueError(f"{where}has {_first(extra)}, unknown here")
+
+
+def _first(names: list[str]) -> str:
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+@contextlib.contextmanager
+def _fits(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: does not fit this run: {str(error).partition(chr(10))[0]}") from None
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    for parameter, kept in optimizer.state.items():
+        for name in {"momentum_buffer", "exp_avg", "exp_avg_sq"} & kept.keys():
+            if isinstance(kept[name], Tensor) and kept[name].shape != parameter.shape:
+                # torch would only notice in the middle of a step.
+                shapes = f"{list(kept[name].shape)} for a weight {list(parameter.shape)}"
+                raise ValueError(f"optimizer: {name} {shapes}")
