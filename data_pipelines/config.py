@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from data_pipelines.readers import STANDARD, Standard
+from data_pipelines.sources.standard_sets import STANDARD, Standard
 
 _RESIDENT_ONLY = {"padding", "padding_mode", "flip"}
 _FOLDER_ONLY = {"image_size", "resize", "crop_area", "crop_ratio", "decoder", "threads"}

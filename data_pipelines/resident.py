@@ -10,11 +10,11 @@ from data_pipelines import order
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, Pipeline
 from data_pipelines.pixels import Normalise
-from data_pipelines.readers import STANDARD, Split
 from data_pipelines.sampling import Sampling
+from data_pipelines.sources.standard_sets import STANDARD, Split
 
 
-class Resident(Pipeline):
+class ResidentSet(Pipeline):
     """Fashion-MNIST, CIFAR-10 or CIFAR-100, read once and held on the device.
 
     Args:

@@ -88,7 +88,7 @@ def _refusal(config: RunConfig, peer: PeerConfig) -> Iterator[None]:
 def check_data(config: RunConfig) -> None:
     """Looks at what is on disk, before any device is touched. Raises: ConfigError."""
     try:
-        data_pipelines.check(config.data)
+        data_pipelines.check_files(config.data)
     except (data_pipelines.DataError, ImportError) as error:
         word = str(error).partition(":")[0]
         raise ConfigError(f"data{'.' if word in DataConfig.model_fields else ': '}{error}") from None

@@ -10,8 +10,8 @@ import torch
 
 from data_pipelines import DataConfig, DataError, Pipeline, open_pipeline, order
 from data_pipelines.pixels import Normalise
-from data_pipelines.readers import STANDARD
 from data_pipelines.resident import augment
+from data_pipelines.sources.standard_sets import STANDARD
 from tests.data_pipelines import cutting
 from tests.data_pipelines.files import write_fashion
 

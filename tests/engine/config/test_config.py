@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from data_pipelines.readers import STANDARD
+from data_pipelines.sources.standard_sets import STANDARD
 from engine.config import ConfigError
 from engine.config.loading import describe, dump, load, validate
 

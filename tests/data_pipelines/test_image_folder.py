@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from data_pipelines import DataConfig, DataError, Pipeline, check, open_pipeline, order, windows
-from data_pipelines.folder import list_folder
+from data_pipelines import DataConfig, DataError, Pipeline, check_files, open_pipeline, order
+from data_pipelines.decoding import windows
+from data_pipelines.sources.class_folders import list_folder
 from tests.data_pipelines import cutting
 from tests.data_pipelines.files import write_photos
 
@@ -110,7 +111,7 @@ def test_batches_of_classes(photos: Path, sampler: str) -> None:
 
 def test_more_tuples_than_classes(photos: Path) -> None:
     with pytest.raises(DataError) as caught:
-        check(_config(photos, sampler="class_tuples"))
+        check_files(_config(photos, sampler="class_tuples"))
     assert str(caught.value) == (
         "global_batch: expected at most 6 for sampler class_tuples, images_per_class = 2 for each of 3 classes, found 8"
     )
@@ -243,7 +244,7 @@ def test_a_mixed_decoder_without_cuda(photos: Path) -> None:
 def test_without_dali(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(DataError) as caught:
-        check(_config(photos))
+        check_files(_config(photos))
     assert str(caught.value) == (
         "image_folder needs NVIDIA DALI: pip install cohort[dali-cuda13], "
         "or cohort[dali-cuda12] where the driver is for CUDA 12"
