@@ -42,26 +42,27 @@ class ImageFolder(Pipeline):
     """
 
     def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
-        if config.decoder == "mixed" and device.type != "cuda":
-            raise ValueError(f"decoder: mixed needs a CUDA device, found {device}; use auto or cpu")
+        if config.decoding.decoder == "mixed" and device.type != "cuda":
+            raise ValueError(f"decoding.decoder: mixed needs a CUDA device, found {device}; use auto or cpu")
         self._train, self._val = (Files(listing) for listing in list_folder(config.folder))
         self.class_names = self._train.listing.classes
         self.num_classes = len(self.class_names)
         self.channels = 3
-        self.image_size = config.image_size
+        self.image_size = config.image.size
         self._sampling = Sampling(config, seed, self._train.listing.labels, self.class_names)
         self.train_size, self.held_out_size = len(self._sampling.trained_on), len(self._sampling.held_out)
         self.eval_size = len(self._val.listing.names)
         self.global_batch, self.steps_per_epoch = config.global_batch, self._sampling.steps
         self.train_targets = self._sampling.targets
         self._config, self._seed, self._device = config, seed, device
-        self._normalise = Normalise(*config.normalisation, config.image_size, device)
+        self._normalise = Normalise(*config.normalisation, config.image.size, device)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cohort-reader")
 
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
         samples = self._sampling.epoch(epoch)
-        size, area, ratio = self.global_batch, self._config.crop_area, self._config.crop_ratio
+        size, augmentation = self.global_batch, self._config.augmentation
+        area, ratio = augmentation.crop_area, augmentation.crop_ratio
 
         def prepare(step: int) -> Work:
             ids = samples[step, rows]
@@ -95,7 +96,7 @@ class ImageFolder(Pipeline):
         def prepare(begin: int) -> Work:
             ids = samples[begin : min(begin + batch, mine.stop)]
             encoded, sizes = files.read(ids)
-            scaled, cuts = windows.validation_windows(sizes, self._config.resize, self.image_size)
+            scaled, cuts = windows.validation_windows(sizes, self._config.image.resize, self.image_size)
             corners, shapes, flips = 0 * sizes[:, None], sizes[:, None], np.zeros((len(ids), 1), np.int32)
             return Work(ids, encoded, corners, shapes, scaled, cuts, flips)
 
@@ -139,8 +140,8 @@ class ImageFolder(Pipeline):
         return batch
 
     def _graph(self, plan: Plan) -> Graph:
-        mixed = self._device.type == "cuda" and self._config.decoder != "cpu"
-        return Graph(plan, self._config.threads, self.image_size, self._device if mixed else None)
+        mixed = self._device.type == "cuda" and self._config.decoding.decoder != "cpu"
+        return Graph(plan, self._config.decoding.threads, self.image_size, self._device if mixed else None)
 
     def _broken_file(self, files: Files, pending: deque[Work], plan: Plan) -> DataError | None:
         """Finds the file that stopped DALI, which names only the batch, by decoding one at a time."""

@@ -17,7 +17,7 @@ from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.config import ConfigError, PeerConfig, RunConfig
 from engine.config.identity import differences, identity
-from engine.config.loading import load
+from engine.config.loading import load_run
 from engine.ranks.collectives import Launch, choose_device
 from engine.ranks.meeting import foreign, path_of
 from engine.ranks.placement import Placement, plan
@@ -40,9 +40,9 @@ def check(config: RunConfig, launch: Launch, *, fresh: bool = False, device: tor
     check_optimizer(config.optimizer)
     if config.train.sync_bn and device.type != "cuda":
         raise ConfigError("train.sync_bn = True: works on CUDA devices only, this rank runs on the CPU; expected false")
-    if config.data.decoder == "mixed" and device.type != "cuda":
+    if config.data.decoding.decoder == "mixed" and device.type != "cuda":
         raise ConfigError(
-            "data.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
+            "data.decoding.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
         )
     placement = plan(config, launch.world, launch.rank)
     check_data(config)
@@ -105,7 +105,7 @@ def _check_same_run(config: RunConfig) -> None:
     path = config.folder / "config.yaml"
     if not path.exists() or not checkpoint.steps_on_disk(config.folder):
         return
-    for key, (before, now) in differences(identity(load(path)), identity(config)).items():
+    for key, (before, now) in differences(identity(load_run(config.folder)), identity(config)).items():
         raise ConfigError(
             f"{key} = {now!r}: the run in {config.folder} was started with {before!r}; give this one another name= or "
             "dir=, or start over with --fresh, which moves that folder aside"

@@ -26,7 +26,7 @@ _RAW: dict[str, Any] = {"mean": [0.0] * 3, "std": [1 / 255] * 3}  # gives back t
 
 
 def _config(root: Path, **options: Any) -> DataConfig:
-    values = {"global_batch": 8, "image_size": 48, "resize": 56, "threads": 2} | options
+    values = {"global_batch": 8, "image": {"size": 48, "resize": 56}, "decoding": {"threads": 2}} | options
     return DataConfig(dataset="image_folder", root=root, **values)
 
 
@@ -83,7 +83,7 @@ def test_what_is_held_out_is_never_trained_on(photos: Path) -> None:
 
 def test_rows_do_not_depend_on_the_threads(photos: Path, pipeline: Pipeline) -> None:
     for threads in (1, 5):
-        other = _open(photos, threads=threads)
+        other = _open(photos, decoding={"threads": threads})
         for a, b in zip(pipeline.train(0, 0, slice(0, 8)), other.train(0, 0, slice(0, 8)), strict=True):
             assert cutting.same(a, b)
         other.close()
@@ -237,8 +237,8 @@ def test_a_file_that_vanished(copy: Path) -> None:
 
 
 def test_a_mixed_decoder_without_cuda(photos: Path) -> None:
-    with pytest.raises(ValueError, match=r"^decoder: mixed needs a CUDA device, found cpu; use auto or cpu$"):
-        _open(photos, decoder="mixed")
+    with pytest.raises(ValueError, match=r"^decoding.decoder: mixed needs a CUDA device, found cpu; use auto or cpu$"):
+        _open(photos, decoding={"decoder": "mixed"})
 
 
 def test_without_dali(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
