@@ -1,6 +1,8 @@
 """What a run says about its data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,24 +16,103 @@ from pydantic import (
     model_validator,
 )
 
-from data_pipelines.readers import STANDARD, Standard
+from data_pipelines.sources.standard_sets import STANDARD, Standard
 
-_RESIDENT_ONLY = {"padding", "padding_mode", "flip"}
-_FOLDER_ONLY = {"image_size", "resize", "crop_area", "crop_ratio", "decoder", "threads"}
-_TUPLES_ONLY = {"images_per_class"}
 # The constants of torchvision and timm.
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SUBSET = Path(__file__).parent / "fashion_mnist_subset"
+
+MOVED = {
+    "padding": ("augmentation", "padding"),
+    "padding_mode": ("augmentation", "padding_mode"),
+    "flip": ("augmentation", "flip"),
+    "crop_area": ("augmentation", "crop_area"),
+    "crop_ratio": ("augmentation", "crop_ratio"),
+    "image_size": ("image", "size"),
+    "resize": ("image", "resize"),
+    "decoder": ("decoding", "decoder"),
+    "threads": ("decoding", "threads"),
+}
+"""Keys that stood at the top of `data:` once, and the section and name that they have now."""
+
+
+def with_moved_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A `data:` section that an earlier version wrote, as this one writes it; one of this version comes back equal."""
+    renewed = dict(data)
+    for key, (section, name) in MOVED.items():
+        inside = renewed.get(section, {})
+        if key in renewed and isinstance(inside, dict):
+            renewed[section] = {name: renewed.pop(key), **inside}
+    return renewed
+
+
+@dataclass(frozen=True)
+class _Only:
+    """Beside a key's type: the key means something only where another one, `key`, has one of these values."""
+
+    key: str
+    values: tuple[str, ...]
+    owner: str  # what an error calls these values
+
+
+_SMALL = _Only("dataset", tuple(STANDARD), "the data sets of 28 and 32 pixels")
+_FOLDER = _Only("dataset", ("image_folder",), "image_folder")
+_TUPLES = _Only("sampler", ("class_balanced", "class_tuples"), "class_balanced and class_tuples")
 
 # YAML has neither paths nor tuples: these two are read from strings and lists, all else must have its own type.
 _Path = Annotated[Path, Strict(False)]
 _Range = Annotated[tuple[float, float], Strict(False)]
 
 
-class DataConfig(BaseModel):
-    """Which data set, where it is, and how its images are augmented."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ImageConfig(_Section):
+    """The images that a network sees, where files have images of all sizes."""
+
+    size: Annotated[int, _FOLDER] = Field(
+        default=224, ge=1, description="Side of the images a network sees, in pixels (image_folder)."
+    )
+    resize: Annotated[int, _FOLDER] = Field(
+        default=256, ge=1, description="Shorter side before the validation crop, in pixels (image_folder)."
+    )
+
+
+class AugmentationConfig(_Section):
+    """How training images are changed, each time anew."""
+
+    padding: Annotated[int, _SMALL] = Field(
+        default=4, ge=0, description="Pixels added on each side before the random crop (28, 32 px sets)."
+    )
+    padding_mode: Annotated[Literal["reflect", "zeros"], _SMALL] = Field(
+        default="reflect", description="What the added pixels show: the mirrored image, or black (28, 32 px sets)."
+    )
+    flip: Annotated[bool, _SMALL] = Field(
+        default=True, description="Whether every second image is mirrored, by chance (28, 32 px sets)."
+    )
+    crop_area: Annotated[_Range, _FOLDER] = Field(
+        default=(0.08, 1.0),
+        description="Least and greatest area of a training crop, as a part of the image (image_folder).",
+    )
+    crop_ratio: Annotated[_Range, _FOLDER] = Field(
+        default=(3 / 4, 4 / 3), description="Least and greatest width / height of a training crop (image_folder)."
+    )
+
+
+class DecodingConfig(_Section):
+    """What turns files into pixels; a run that changes it goes on as the same run."""
+
+    decoder: Annotated[Literal["auto", "cpu", "mixed"], _FOLDER] = Field(
+        default="auto", description="Where JPEGs are decoded; auto is mixed on CUDA, and cpu elsewhere (image_folder)."
+    )
+    threads: Annotated[int, _FOLDER] = Field(
+        default=4, ge=1, description="DALI's decoding threads of a rank (image_folder)."
+    )
+
+
+class DataConfig(_Section):
+    """Which data set, where it is, and how its images are drawn, decoded and augmented."""
 
     dataset: Literal["fashion_mnist_subset", "fashion_mnist", "cifar10", "cifar100", "image_folder"] = Field(
         description="The data set; fashion_mnist_subset comes with the package, image_folder is ImageNet's layout."
@@ -46,7 +127,7 @@ class DataConfig(BaseModel):
         "its own, images_per_class images of each of global_batch / images_per_class classes, so that an epoch shows "
         "some images several times and others never; class_tuples: such batches, but each image once an epoch.",
     )
-    images_per_class: int = Field(
+    images_per_class: Annotated[int, _TUPLES] = Field(
         default=2,
         ge=2,
         description="Images of one class that lie side by side in a batch (class_balanced, class_tuples).",
@@ -67,41 +148,19 @@ class DataConfig(BaseModel):
         default=None,
         description="Standard deviation of each channel, like mean; null for the data set's published constants.",
     )
-    padding: int = Field(
-        default=4, ge=0, description="Pixels added on each side before the random crop (28, 32 px sets)."
-    )
-    padding_mode: Literal["reflect", "zeros"] = Field(
-        default="reflect", description="What the added pixels show: the mirrored image, or black (28, 32 px sets)."
-    )
-    flip: bool = Field(default=True, description="Whether every second image is mirrored, by chance (28, 32 px sets).")
-    image_size: int = Field(
-        default=224, ge=1, description="Side of the images a network sees, in pixels (image_folder)."
-    )
-    resize: int = Field(
-        default=256, ge=1, description="Shorter side before the validation crop, in pixels (image_folder)."
-    )
-    crop_area: _Range = Field(
-        default=(0.08, 1.0),
-        description="Least and greatest area of a training crop, as a part of the image (image_folder).",
-    )
-    crop_ratio: _Range = Field(
-        default=(3 / 4, 4 / 3), description="Least and greatest width / height of a training crop (image_folder)."
-    )
-    decoder: Literal["auto", "cpu", "mixed"] = Field(
-        default="auto", description="Where JPEGs are decoded; auto is mixed on CUDA, and cpu elsewhere (image_folder)."
-    )
-    threads: int = Field(default=4, ge=1, description="DALI's decoding threads of a rank (image_folder).")
+    image: ImageConfig = ImageConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    decoding: DecodingConfig = DecodingConfig()
 
     @model_validator(mode="after")
     def _cross_check(self) -> "DataConfig":
-        folder = self.dataset == "image_folder"
-        for key in sorted(self.model_fields_set & self._foreign):
-            if key in _TUPLES_ONLY:
-                user, owner = f"sampler {self.sampler}", "class_balanced and class_tuples"
-            else:
-                user = f"dataset {self.dataset}"
-                owner = "the data sets of 28 and 32 pixels" if folder else "image_folder"
-            raise ValueError(f"{key}: {getattr(self, key)!r} has no meaning for {user}; it belongs to {owner}")
+        for path, only in self._without_meaning():
+            section = reduce(getattr, path[:-1], self)
+            if path[-1] in section.model_fields_set:
+                raise ValueError(
+                    f"{'.'.join(path)}: {getattr(section, path[-1])!r} has no meaning for {only.key} "
+                    f"{getattr(self, only.key)}; it belongs to {only.owner}"
+                )
         if self.global_batch % self.tuple_size:
             below = self.global_batch // self.tuple_size * self.tuple_size
             nearest = " or ".join(str(batch) for batch in (below, below + self.tuple_size) if batch)
@@ -117,10 +176,13 @@ class DataConfig(BaseModel):
         elif self.root is None:
             raise ValueError(f"root: expected the folder of {self.dataset}, found none")
         self._check_constants()
-        if folder:
+        if self.dataset == "image_folder":
             self._check_crops()
-        elif self.padding >= self.side:
-            raise ValueError(f"padding: expected less than the image's {self.side} pixels, found {self.padding}")
+        elif self.augmentation.padding >= self.side:
+            raise ValueError(
+                f"augmentation.padding: expected less than the image's {self.side} pixels, found "
+                f"{self.augmentation.padding}"
+            )
         return self
 
     def _check_constants(self) -> None:
@@ -131,25 +193,28 @@ class DataConfig(BaseModel):
             raise ValueError(f"std: expected values above 0, found {self.std}")
 
     def _check_crops(self) -> None:
-        if self.resize < self.image_size:
-            raise ValueError(f"resize: expected at least image_size {self.image_size}, found {self.resize}")
+        image, augmentation = self.image, self.augmentation
+        if image.resize < image.size:
+            raise ValueError(f"image.resize: expected at least image.size = {image.size}, found {image.resize}")
         for key, (low, high), limit in (
-            ("crop_area", self.crop_area, 1),
-            ("crop_ratio", self.crop_ratio, float("inf")),
+            ("crop_area", augmentation.crop_area, 1),
+            ("crop_ratio", augmentation.crop_ratio, float("inf")),
         ):
             if not 0 < low <= high <= limit:
                 bound = " <= 1" if limit == 1 else ""
-                raise ValueError(f"{key}: expected 0 < least <= greatest{bound}, found {[low, high]}")
+                raise ValueError(f"augmentation.{key}: expected 0 < least <= greatest{bound}, found {[low, high]}")
 
-    @property
-    def _foreign(self) -> set[str]:
-        foreign = _RESIDENT_ONLY if self.dataset == "image_folder" else _FOLDER_ONLY
-        return foreign | _TUPLES_ONLY if self.sampler == "shuffle" else foreign
+    def _without_meaning(self) -> list[tuple[tuple[str, ...], _Only]]:
+        """Paths of the keys that mean nothing for this data set and sampler, sorted, and whose they are."""
+        return [(path, only) for path, only in _conditional(DataConfig) if getattr(self, only.key) not in only.values]
 
     @model_serializer(mode="wrap")
-    def _without_foreign_keys(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _what_has_a_meaning(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # What is written can be read again, and says nothing that has no meaning for this run.
-        return {key: value for key, value in serialise(self).items() if key not in self._foreign}
+        written = serialise(self)
+        for path, _ in self._without_meaning():
+            reduce(lambda section, name: section.get(name, {}), path[:-1], written).pop(path[-1], None)
+        return {key: value for key, value in written.items() if value != {}}
 
     @property
     def folder(self) -> Path:
@@ -173,7 +238,7 @@ class DataConfig(BaseModel):
     @property
     def side(self) -> int:
         """Side of the images a network sees, in pixels."""
-        return self.image_size if self.dataset == "image_folder" else self._standard.side
+        return self.image.size if self.dataset == "image_folder" else self._standard.side
 
     @property
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
@@ -194,3 +259,13 @@ class DataConfig(BaseModel):
     def channels(self) -> int:
         """Channels of an image."""
         return 3 if self.dataset == "image_folder" else self._standard.channels
+
+
+def _conditional(model: type[BaseModel]) -> list[tuple[tuple[str, ...], _Only]]:
+    """Path of each key that does not belong to all, sorted, and whose it is."""
+    found: list[tuple[tuple[str, ...], _Only]] = []
+    for name, field in model.model_fields.items():
+        found += [((name,), only) for only in field.metadata if isinstance(only, _Only)]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += [((name, *path), only) for path, only in _conditional(field.annotation)]
+    return sorted(found, key=lambda each: each[0])

@@ -2,15 +2,16 @@
 
 import torch
 
-from data_pipelines import imagefolder
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import DataError, Pipeline
-from data_pipelines.folder import list_folder
-from data_pipelines.readers import STANDARD
-from data_pipelines.resident import Resident
+from data_pipelines.decoding.dali import require_dali
+from data_pipelines.image_folder import ImageFolder
+from data_pipelines.resident import ResidentSet
+from data_pipelines.sources.class_folders import list_folder
+from data_pipelines.sources.standard_sets import STANDARD
 
 
-def check(config: DataConfig) -> None:
+def check_files(config: DataConfig) -> None:
     """Looks at what is on disk, without touching any device.
 
     Raises:
@@ -18,7 +19,7 @@ def check(config: DataConfig) -> None:
             or classes than a global batch has; or DALI is needed and not installed.
     """
     if config.dataset == "image_folder":
-        imagefolder.require_dali()
+        require_dali()
         train, _ = list_folder(config.folder)
         size, classes = len(train.names), len(train.classes)
     else:
@@ -49,10 +50,11 @@ def open_pipeline(config: DataConfig, seed: int, device: torch.device) -> Pipeli
         device: where the batches appear.
 
     Raises:
-        DataError: see :func:`check`, and labels out of range, or a class with too few samples for `config.sampler`.
+        DataError: see :func:`check_files`, and labels out of range, or a class with too few samples for
+            `config.sampler`.
         ValueError: a mixed decoder is asked for on a device that is not CUDA.
     """
-    check(config)
+    check_files(config)
     if config.dataset == "image_folder":
-        return imagefolder.ImageFolder(config, seed, device)
-    return Resident(config, seed, device)
+        return ImageFolder(config, seed, device)
+    return ResidentSet(config, seed, device)

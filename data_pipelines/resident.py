@@ -10,11 +10,11 @@ from data_pipelines import order
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, Pipeline
 from data_pipelines.pixels import Normalise
-from data_pipelines.readers import STANDARD, Split
 from data_pipelines.sampling import Sampling
+from data_pipelines.sources.standard_sets import STANDARD, Split
 
 
-class Resident(Pipeline):
+class ResidentSet(Pipeline):
     """Fashion-MNIST, CIFAR-10 or CIFAR-100, read once and held on the device.
 
     Args:
@@ -45,22 +45,23 @@ class Resident(Pipeline):
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
         images, labels = self._train
-        samples = self._sampling.epoch(epoch)
+        samples, how = self._sampling.epoch(epoch), self._config.augmentation
         for step in range(first_step, self.steps_per_epoch):
             columns = [samples[step, :, None]]
             columns += [self._geometry(epoch, step, view) for view in views]
             ids, *geometry = _send(np.hstack(columns)[rows].T, self._device)
             shown = (
-                augment(images, ids, down, right, flip.bool(), self._config.padding, self._config.padding_mode)
+                augment(images, ids, down, right, flip.bool(), how.padding, how.padding_mode)
                 for down, right, flip in zip(*[iter(geometry)] * 3, strict=True)
             )
             yield Batch(tuple(self._normalise(pixels) for pixels in shown), labels[ids], ids)
 
     def _geometry(self, epoch: int, step: int, view: int) -> NDArray[np.int64]:
         """(down, right, flip) of each row of a global batch, [G, 3]."""
+        how = self._config.augmentation
         uniforms = order.augmentation(self._seed, epoch, step, self.global_batch, 3, view)
-        shifts = np.floor(uniforms[:, :2] * (2 * self._config.padding + 1))
-        flips = (uniforms[:, 2:] < 0.5) & self._config.flip
+        shifts = np.floor(uniforms[:, :2] * (2 * how.padding + 1))
+        flips = (uniforms[:, 2:] < 0.5) & how.flip
         return np.column_stack([shifts, flips]).astype(np.int64)
 
     def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:

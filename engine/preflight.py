@@ -17,7 +17,7 @@ from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.config import ConfigError, PeerConfig, RunConfig
 from engine.config.identity import differences, identity
-from engine.config.loading import load
+from engine.config.loading import load_run
 from engine.ranks.collectives import Launch, choose_device
 from engine.ranks.meeting import foreign, path_of
 from engine.ranks.placement import Placement, plan
@@ -42,9 +42,9 @@ def check_run(
     check_optimizer(config.optimizer)
     if config.train.sync_bn and device.type != "cuda":
         raise ConfigError("train.sync_bn = True: works on CUDA devices only, this rank runs on the CPU; expected false")
-    if config.data.decoder == "mixed" and device.type != "cuda":
+    if config.data.decoding.decoder == "mixed" and device.type != "cuda":
         raise ConfigError(
-            "data.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
+            "data.decoding.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
         )
     placement = plan(config, launch.world, launch.rank)
     check_data(config)
@@ -90,7 +90,7 @@ def _refusal(config: RunConfig, peer: PeerConfig) -> Iterator[None]:
 def check_data(config: RunConfig) -> None:
     """Looks at what is on disk, before any device is touched. Raises: ConfigError."""
     try:
-        data_pipelines.check(config.data)
+        data_pipelines.check_files(config.data)
     except (data_pipelines.DataError, ImportError) as error:
         word = str(error).partition(":")[0]
         raise ConfigError(f"data{'.' if word in DataConfig.model_fields else ': '}{error}") from None
@@ -107,7 +107,7 @@ def _check_same_run(config: RunConfig) -> None:
     path = config.folder / "config.yaml"
     if not path.exists() or not checkpoint.steps_on_disk(config.folder):
         return
-    for key, (before, now) in differences(identity(load(path)), identity(config)).items():
+    for key, (before, now) in differences(identity(load_run(config.folder)), identity(config)).items():
         raise ConfigError(
             f"{key} = {now!r}: the run in {config.folder} was started with {before!r}; give this one another name= or "
             "dir=, or start over with --fresh, which moves that folder aside"

@@ -20,7 +20,7 @@ def open_run(run: Path, which: str, overrides: Sequence[str] = ()) -> tuple[RunC
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: not a run's folder: it has no config.yaml; expected a folder that train.py wrote")
-    settings = config_file.load(run / "config.yaml", overrides)
+    settings = config_file.load_run(run, overrides)
     newest, damaged = loading.newest(run)
     if newest is None:
         raise CheckpointError("\n".join([*damaged, f"{run}: has no checkpoint that can be used"]))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_pipelines.config import DataConfig
-from data_pipelines.readers import STANDARD
+from data_pipelines.sources.standard_sets import STANDARD
 
 torch.set_num_threads(2)
 

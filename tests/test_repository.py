@@ -28,7 +28,7 @@ def test_every_config_is_valid_and_its_name_is_its_own(path: Path) -> None:
 
 @pytest.mark.parametrize("room", ["losses", "models", "data_pipelines"])
 def test_the_bottom_row_knows_nothing_of_ranks(room: str) -> None:
-    for path in (ROOT / room).glob("*.py"):
+    for path in (ROOT / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -37,7 +37,7 @@ def test_the_bottom_row_knows_nothing_of_ranks(room: str) -> None:
 
 def test_nothing_on_disk_is_unpickled_or_executed() -> None:
     for path in (
-        p for room in ("launch", "engine", "losses", "models", "data_pipelines") for p in (ROOT / room).glob("*.py")
+        p for room in ("launch", "engine", "losses", "models", "data_pipelines") for p in (ROOT / room).rglob("*.py")
     ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from data_pipelines.config import with_moved_keys
 from engine.config import RunConfig
 
 NUMBERS_DO_NOT_DEPEND_ON = {
@@ -16,7 +18,7 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "log": None,
     "health": None,
     "report": None,
-    "data": {"root", "threads", "decoder"},
+    "data": {"root", "decoding"},
     "method": {"bank_sharded", "chunk"},
     "precision": {"compile", "channels_last", "tf32"},
     "train": {"epochs", "max_skipped", "timeout"},
@@ -40,6 +42,16 @@ def identity_of_cohort(config: RunConfig) -> dict[str, Any]:
     raw = identity(config)
     del raw["placement"]["peer"]
     return raw
+
+
+def read_identity(text: str) -> dict[str, Any]:
+    """What either of these was written as, in JSON, by this version or by one whose keys stood elsewhere.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is something else.
+    """
+    raw = json.loads(text)
+    return {**raw, "data": with_moved_keys(raw["data"])}
 
 
 def differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from data_pipelines.config import MOVED, with_moved_keys
 from engine.config import ConfigError, PeerConfig, RunConfig
 from losses import METHODS
 
@@ -86,7 +87,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: naming every wrong key, its value, what was expected and the nearest valid choice.
     """
-    raw = _read(Path(path), ())
+    return _with_overrides(_read(Path(path), ()), overrides)
+
+
+def load_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config that a run has written into its folder, by this version or by one whose keys stood elsewhere.
+
+    Raises:
+        ConfigError: it cannot be read, and as `load`.
+    """
+    raw = _read(run / "config.yaml", ())
+    if isinstance(raw.get("data"), dict):
+        raw["data"] = with_moved_keys(raw["data"])
+    return _with_overrides(raw, overrides)
+
+
+def _with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.\w+)*", key):
@@ -222,9 +238,12 @@ def _explain(error: ErrorDetails, raw: Mapping[str, Any]) -> str:
     ]
     key = ".".join(str(part) for part in loc)
     if kind == "extra_forbidden":
-        valid = sorted(_fields(loc[:-1], raw))
+        word, model = str(loc[-1]), _section_at(loc[:-1], raw)
+        if loc[:-1] == ["data"] and word in MOVED:
+            return f"{key} = {shown}: moved; write data.{'.'.join(MOVED[word])}"
         section = ".".join(str(part) for part in loc[:-1]) or "a config"
-        return f"{key} = {shown}: unknown key{_nearest(str(loc[-1]), valid)}; {section} has: {', '.join(valid)}"
+        near = _nearest(word, model.model_fields if model is RunConfig else _paths(model))
+        return f"{key} = {shown}: unknown key{near}; {section} has: {', '.join(sorted(model.model_fields))}"
     if kind == "missing":
         return f"{key}: missing; expected a value"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -245,23 +264,32 @@ def _explain(error: ErrorDetails, raw: Mapping[str, Any]) -> str:
     return f"{key} = {shown}: expected {expected}"
 
 
-def _nearest(word: str, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint; a choice is compared by its last part, and one that comes earlier goes before others of the same."""
+    by_name = {choice.rpartition(".")[2]: choice for choice in reversed(list(choices))}
+    near = difflib.get_close_matches(word, by_name, n=1, cutoff=0.5)
+    return f"; did you mean {by_name[near[0]]!r}?" if near else ""
 
 
-def _fields(loc: Sequence[int | str], raw: Mapping[str, Any]) -> Iterator[str]:
-    """The valid keys of the section at `loc`."""
+def _section_at(loc: Sequence[int | str], raw: Mapping[str, Any]) -> type[BaseModel]:
+    """What says which keys are valid at `loc`."""
     if list(loc[:1]) == ["method"]:
-        section = raw["method"]
-        yield from METHODS[section["name"]].Options.model_fields
-        return
+        return METHODS[raw["method"]["name"]].Options
     model: type[BaseModel] = RunConfig
     for part in loc:
         if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            model = next(t for t in (annotation, *typing.get_args(annotation)) if _is_section(t))
+            inner = _section_of(model.model_fields[part].annotation)
+            assert inner is not None
+            model = inner
+    return model
+
+
+def _paths(model: type[BaseModel]) -> Iterator[str]:
+    """The keys of a section, and those of the sections in it."""
     yield from model.model_fields
+    for name, field in model.model_fields.items():
+        inner = _section_of(field.annotation)
+        yield from () if inner is None else (f"{name}.{path}" for path in _paths(inner))
 
 
 def describe() -> str:
@@ -270,7 +298,7 @@ def describe() -> str:
 
     def walk(model: type[BaseModel], prefix: str) -> None:
         for name, field in model.model_fields.items():
-            inner = next((t for t in (field.annotation, *typing.get_args(field.annotation)) if _is_section(t)), None)
+            inner = _section_of(field.annotation)
             if name == "method" and model is RunConfig:
                 for method in METHODS.values():
                     walk(method.Options, "method.")
@@ -285,5 +313,7 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key of this type holds, alone or in a list."""
+    found = (t for t in (annotation, *typing.get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
+    return next(found, None)

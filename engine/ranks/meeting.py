@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.config.identity import differences, identity_of_cohort
+from engine.config.identity import differences, identity_of_cohort, read_identity
 from engine.files import write_bytes
 from engine.ranks.placement import Placement
 from losses import Signals
@@ -49,7 +49,7 @@ def foreign(config: RunConfig, name: str) -> tuple[str, Any] | None:
     try:
         with _open(path_of(config, name)) as file:
             about, _ = _header(file)
-        other = differences(json.loads(about["config"]), identity_of_cohort(config))
+        other = differences(read_identity(about["config"]), identity_of_cohort(config))
     except _DAMAGE:
         return None
     return next(((key, before) for key, (before, _) in other.items()), None)
@@ -183,7 +183,7 @@ class Meeting:
         tensors = safetensors.torch.load(header + data)
         if about["peer"] != other.name:
             raise ValueError(f"of peer {about['peer']!r}")
-        for key, (before, now) in differences(json.loads(about["config"]), self._config).items():
+        for key, (before, now) in differences(read_identity(about["config"]), self._config).items():
             raise ValueError(f"of another run: {key} = {before!r} there, {now!r} here")
         found = {name: (*x.shape, str(x.dtype)) for name, x in tensors.items()}
         expected = {name: (*shape, str(wire)) for name, shape in other.shapes.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
-from engine.config.loading import load
+from engine.config.loading import load_run
 from engine.reporting.tracking import read_metrics
 
 
@@ -22,7 +22,7 @@ def table(runs: Sequence[Path]) -> str:
     rows: list[tuple[str, ...]] = []
     notes = []
     for run in runs:
-        lines, config = evaluations(run), load(run / "config.yaml")
+        lines, config = evaluations(run), load_run(run)
         names = [name for name, _ in config.trained]
         for prefix in ("val", "ema"):
             for name in (*names, "ensemble"):
@@ -94,7 +94,7 @@ def curves(runs: Sequence[Path], path: Path) -> None:
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     styles = ("-", "--", "-.", ":")
     for index, run in enumerate(runs):
-        scored, config = evaluations(run), load(run / "config.yaml")
+        scored, config = evaluations(run), load_run(run)
         trained = [line for line in read_metrics(run) if "lr" in line]
         names = [name for name, _ in config.trained]
         colour = colours[index % len(colours)]

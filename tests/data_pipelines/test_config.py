@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from data_pipelines import DataConfig
+from data_pipelines.config import (
+    MOVED,
+    AugmentationConfig,
+    DataConfig,
+    DecodingConfig,
+    ImageConfig,
+    with_moved_keys,
+)
 
 
 def _message(**values: Any) -> str:
@@ -33,12 +40,13 @@ _FOLDER = {"dataset": "image_folder", "root": "/data", "global_batch": 8}
         ),
         ({"dataset": "cifar10", "global_batch": 8}, "Value error, root: expected the folder of cifar10, found none"),
         (
-            _SUBSET | {"threads": 4},
-            "Value error, threads: 4 has no meaning for dataset fashion_mnist_subset; it belongs to image_folder",
+            _SUBSET | {"decoding": {"threads": 4}},
+            "Value error, decoding.threads: 4 has no meaning for dataset fashion_mnist_subset; "
+            "it belongs to image_folder",
         ),
         (
-            _FOLDER | {"padding": 4},
-            "Value error, padding: 4 has no meaning for dataset image_folder; "
+            _FOLDER | {"augmentation": {"padding": 4}},
+            "Value error, augmentation.padding: 4 has no meaning for dataset image_folder; "
             "it belongs to the data sets of 28 and 32 pixels",
         ),
         (
@@ -46,15 +54,30 @@ _FOLDER = {"dataset": "image_folder", "root": "/data", "global_batch": 8}
             "Value error, mean: expected 1 values for fashion_mnist_subset, found [0.5, 0.5, 0.5]",
         ),
         (_FOLDER | {"std": [0.2, 0.0, 0.2]}, "Value error, std: expected values above 0, found [0.2, 0.0, 0.2]"),
-        (_SUBSET | {"padding": 28}, "Value error, padding: expected less than the image's 28 pixels, found 28"),
-        (_FOLDER | {"image_size": 288}, "Value error, resize: expected at least image_size 288, found 256"),
         (
-            _FOLDER | {"crop_area": [0.5, 1.5]},
-            "Value error, crop_area: expected 0 < least <= greatest <= 1, found [0.5, 1.5]",
+            _SUBSET | {"image": {"size": 300}},
+            "Value error, image.size: 300 has no meaning for dataset fashion_mnist_subset; it belongs to image_folder",
         ),
         (
-            _FOLDER | {"crop_ratio": [2.0, 1.0]},
-            "Value error, crop_ratio: expected 0 < least <= greatest, found [2.0, 1.0]",
+            _SUBSET | {"augmentation": {"flip": True, "crop_area": [0.5, 1.0]}},
+            "Value error, augmentation.crop_area: (0.5, 1.0) has no meaning for dataset fashion_mnist_subset; "
+            "it belongs to image_folder",
+        ),
+        (
+            _SUBSET | {"augmentation": {"padding": 28}},
+            "Value error, augmentation.padding: expected less than the image's 28 pixels, found 28",
+        ),
+        (
+            _FOLDER | {"image": {"size": 288}},
+            "Value error, image.resize: expected at least image.size = 288, found 256",
+        ),
+        (
+            _FOLDER | {"augmentation": {"crop_area": [0.5, 1.5]}},
+            "Value error, augmentation.crop_area: expected 0 < least <= greatest <= 1, found [0.5, 1.5]",
+        ),
+        (
+            _FOLDER | {"augmentation": {"crop_ratio": [2.0, 1.0]}},
+            "Value error, augmentation.crop_ratio: expected 0 < least <= greatest, found [2.0, 1.0]",
         ),
         (
             _FOLDER | {"images_per_class": 2},
@@ -76,7 +99,7 @@ _FOLDER = {"dataset": "image_folder", "root": "/data", "global_batch": 8}
             "nearest: 9",
         ),
         (_SUBSET | {"sampler": "class"}, "sampler: Input should be 'shuffle', 'class_balanced' or 'class_tuples'"),
-        (_FOLDER | {"decoder": "gpu"}, "decoder: Input should be 'auto', 'cpu' or 'mixed'"),
+        (_FOLDER | {"decoding": {"decoder": "gpu"}}, "decoding: decoder: Input should be 'auto', 'cpu' or 'mixed'"),
     ],
 )
 def test_refused(values: dict[str, Any], message: str) -> None:
@@ -84,15 +107,15 @@ def test_refused(values: dict[str, Any], message: str) -> None:
 
 
 def test_yaml_values() -> None:
-    config = DataConfig(**_FOLDER, crop_area=[0.25, 1], mean=[0.5, 0.5, 0.5])
+    config = DataConfig(**_FOLDER, augmentation={"crop_area": [0.25, 1]}, mean=[0.5, 0.5, 0.5])
     assert config.root == Path("/data")
-    assert config.crop_area == (0.25, 1.0)
-    assert config.image_size == config.side == 224
+    assert config.augmentation.crop_area == (0.25, 1.0)
+    assert config.image.size == config.side == 224
     assert DataConfig(dataset="cifar10", root="~/x", global_batch=1).folder == Path.home() / "x"
 
 
 def test_a_config_survives_json() -> None:
-    config = DataConfig(**_FOLDER, crop_area=[0.25, 1])
+    config = DataConfig(**_FOLDER, augmentation={"crop_area": [0.25, 1]})
     assert DataConfig(**config.model_dump(mode="json", exclude_unset=True)) == config
     for sampler in ("shuffle", "class_balanced", "class_tuples"):
         config = DataConfig(**_SUBSET, sampler=sampler)
@@ -101,5 +124,52 @@ def test_a_config_survives_json() -> None:
         assert DataConfig(**written) == config
 
 
+def test_what_is_written_says_nothing_without_meaning() -> None:
+    written = DataConfig(**_SUBSET, augmentation={"padding": 2}).model_dump(mode="json")
+    assert written["augmentation"] == {"padding": 2, "padding_mode": "reflect", "flip": True}
+    assert not {"image", "decoding"} & set(written)
+    written = DataConfig(**_FOLDER).model_dump(mode="json")
+    assert written["augmentation"] == {"crop_area": [0.08, 1.0], "crop_ratio": [3 / 4, 4 / 3]}
+    assert written["image"] == {"size": 224, "resize": 256}
+    assert written["decoding"] == {"decoder": "auto", "threads": 4}
+
+
 def test_every_field_is_described() -> None:
-    assert all(field.description for field in DataConfig.model_fields.values())
+    for section in (AugmentationConfig, DecodingConfig, ImageConfig):
+        assert all(field.description for field in section.model_fields.values())
+    sections = {"augmentation", "decoding", "image"}
+    assert all(field.description for name, field in DataConfig.model_fields.items() if name not in sections)
+
+
+# --- keys that stood elsewhere ---
+
+# As they were written before there were sections.
+_OF_A_FOLDER = {
+    "image_size": 160,
+    "resize": 182,
+    "crop_area": [0.25, 1.0],
+    "crop_ratio": [0.5, 2.0],
+    "decoder": "cpu",
+    "threads": 8,
+}
+_OF_A_SMALL_SET = {"padding": 2, "padding_mode": "zeros", "flip": False}
+
+
+def test_what_was_written_without_sections_is_read() -> None:
+    config = DataConfig(**with_moved_keys(_FOLDER | _OF_A_FOLDER))
+    assert (config.image.size, config.image.resize) == (160, 182)
+    assert (config.augmentation.crop_area, config.augmentation.crop_ratio) == ((0.25, 1.0), (0.5, 2.0))
+    assert (config.decoding.decoder, config.decoding.threads) == ("cpu", 8)
+    config = DataConfig(**with_moved_keys(_SUBSET | _OF_A_SMALL_SET))
+    assert config.augmentation.model_dump(include=set(_OF_A_SMALL_SET)) == _OF_A_SMALL_SET
+    assert {*_OF_A_FOLDER, *_OF_A_SMALL_SET} == set(MOVED)
+
+
+def test_what_is_written_today_is_read_as_it_is() -> None:
+    written = DataConfig(**_FOLDER, image={"size": 100}).model_dump(mode="json")
+    assert with_moved_keys(written) == written
+
+
+def test_an_old_key_never_hides_a_new_one() -> None:
+    moved = with_moved_keys({"threads": 3, "decoding": {"threads": 5}, "padding": 1, "augmentation": None})
+    assert moved == {"decoding": {"threads": 5}, "padding": 1, "augmentation": None}

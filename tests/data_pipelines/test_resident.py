@@ -10,8 +10,8 @@ import torch
 
 from data_pipelines import DataConfig, DataError, Pipeline, open_pipeline, order
 from data_pipelines.pixels import Normalise
-from data_pipelines.readers import STANDARD
 from data_pipelines.resident import augment
+from data_pipelines.sources.standard_sets import STANDARD
 from tests.data_pipelines import cutting
 from tests.data_pipelines.files import write_fashion
 
@@ -148,7 +148,8 @@ def test_each_validation_row_comes_once(pipeline: Pipeline) -> None:
 @pytest.mark.parametrize("padding", [0, 1, 4])
 @pytest.mark.parametrize("flip", [True, False])
 def test_training_images_against_a_slow_reference(fashion: Path, padding_mode: str, padding: int, flip: bool) -> None:
-    pipeline = _open(fashion, padding=padding, padding_mode=padding_mode, flip=flip, mean=[0.25], std=[0.5])
+    augmentation = {"padding": padding, "padding_mode": padding_mode, "flip": flip}
+    pipeline = _open(fashion, augmentation=augmentation, mean=[0.25], std=[0.5])
     images = STANDARD["fashion_mnist"].read(fashion)[0].images
     for step, batch in enumerate(pipeline.train(4, 0, slice(0, 10))):
         uniforms = order.augmentation(5, 4, step, 10, 3)

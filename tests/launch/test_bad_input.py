@@ -251,14 +251,23 @@ OVERRIDES: dict[str, tuple[str, str]] = {
         "data.global_batch: expected at most the 120 training samples of {at}/data, found 121",
     ),
     "key_of_another_data_set": (
-        "data.threads=3",
-        "data.threads: 3 has no meaning for dataset fashion_mnist; it belongs to image_folder",
+        "data.decoding.threads=3",
+        "data.decoding.threads: 3 has no meaning for dataset fashion_mnist; it belongs to image_folder",
     ),
     "misspelt_data_key": (
         "data.paddng=3",
-        "data.paddng = 3: unknown key; did you mean 'padding'?; data has: crop_area, crop_ratio, dataset, decoder, "
-        "flip, global_batch, held_out, image_size, images_per_class, mean, padding, padding_mode, resize, root, "
-        "sampler, std, threads, views",
+        "data.paddng = 3: unknown key; did you mean 'augmentation.padding'?; data has: augmentation, dataset, "
+        "decoding, global_batch, held_out, image, images_per_class, mean, root, sampler, std, views",
+    ),
+    "misspelt_key_of_a_section_in_a_section": (
+        "data.augmentation.paddng=3",
+        "data.augmentation.paddng = 3: unknown key; did you mean 'padding'?; data.augmentation has: crop_area, "
+        "crop_ratio, flip, padding, padding_mode",
+    ),
+    "moved_key": ("data.padding=3", "data.padding = 3: moved; write data.augmentation.padding"),
+    "moved_keys": (
+        "data={dataset: image_folder, root: /data, global_batch: 8, image_size: 64, threads: 2}",
+        "data.image_size = 64: moved; write data.image.size\ndata.threads = 2: moved; write data.decoding.threads",
     ),
     "images_per_class_of_shuffled_images": (
         "data.images_per_class=4",
@@ -284,7 +293,10 @@ OVERRIDES: dict[str, tuple[str, str]] = {
         "images_per_class: 2 are more than the 0 training samples of class 'Trouser' that held_out = 0.9 leaves; "
         "expected sampler = shuffle",
     ),
-    "padding_too_wide": ("data.padding=28", "data.padding: expected less than the image's 28 pixels, found 28"),
+    "padding_too_wide": (
+        "data.augmentation.padding=28",
+        "data.augmentation.padding: expected less than the image's 28 pixels, found 28",
+    ),
     # The command line.
     "override_without_equals": ("train.epochs", "'train.epochs': expected section.key=value, such as train.epochs=10"),
     "override_without_key": ("=3", "'=3': expected section.key=value, such as train.epochs=10"),
@@ -468,6 +480,10 @@ FILES: dict[str, tuple[str, str]] = {
     "base_of_itself": (
         "base: bad.yaml\n",
         "{file}: inherits from itself through base: bad.yaml -> bad.yaml",
+    ),
+    "moved_key_in_a_file": (
+        "base: small.yaml\ndata: {flip: false}\n",
+        "data.flip = False: moved; write data.augmentation.flip",
     ),
     "base_is_a_number": ("base: 3\n", "{file}: base = 3: expected the path of another config, relative to this one"),
     "required_sections_missing": (

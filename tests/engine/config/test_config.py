@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from data_pipelines.readers import STANDARD
+from data_pipelines.sources.standard_sets import STANDARD
 from engine.config import ConfigError
 from engine.config.loading import describe, dump, load, validate
 
@@ -126,9 +126,17 @@ def test_a_section_of_the_same_name_keeps_its_options(write: Write) -> None:
 
 
 def test_another_data_set_starts_afresh(write: Write) -> None:
-    write("one.yaml", WHOLE.replace("global_batch: 24", "global_batch: 24, padding: 2"))
+    write("one.yaml", WHOLE.replace("global_batch: 24", "global_batch: 24, augmentation: {padding: 2}"))
     path = write("two.yaml", "base: one.yaml\ndata: {dataset: image_folder, root: /data, global_batch: 8}\n")
-    assert load(path).data.model_dump()["image_size"] == 224
+    assert load(path).data.model_dump()["augmentation"] == {"crop_area": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
+
+
+def test_sections_within_a_section_are_merged_too(write: Write) -> None:
+    write("one.yaml", WHOLE.replace("global_batch: 24", "global_batch: 24, augmentation: {padding: 2, flip: false}"))
+    path = write("two.yaml", "base: one.yaml\ndata: {augmentation: {padding_mode: zeros}}\n")
+    assert load(path, ["data.augmentation.flip=true"]).data.augmentation.model_dump(
+        include={"padding", "padding_mode", "flip"}
+    ) == {"padding": 2, "padding_mode": "zeros", "flip": True}
 
 
 def test_two_files_with_one_base_do_not_disturb_each_other(write: Write) -> None:
@@ -229,18 +237,19 @@ def test_a_file_that_is_not_text_is_refused(write: Write) -> None:
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 DATA: dict[str, dict[str, Any]] = {
-    "fashion_mnist_subset": {"global_batch": 24, "padding": 2, "flip": False, "padding_mode": "zeros"},
+    "fashion_mnist_subset": {
+        "global_batch": 24,
+        "augmentation": {"padding": 2, "flip": False, "padding_mode": "zeros"},
+    },
     "fashion_mnist": {"root": "~/fashion", "global_batch": 128, "mean": [0.1], "std": [0.2]},
     "cifar10": {"root": "/data/cifar", "global_batch": 128},
     "cifar100": {"root": "relative/cifar", "global_batch": 128},
     "image_folder": {
         "root": "/data/imagenet",
         "global_batch": 256,
-        "image_size": 160,
-        "resize": 182,
-        "crop_area": [0.25, 1.0],
-        "decoder": "cpu",
-        "threads": 2,
+        "image": {"size": 160, "resize": 182},
+        "augmentation": {"crop_area": [0.25, 1.0]},
+        "decoding": {"decoder": "cpu", "threads": 2},
     },
 }
 
@@ -299,8 +308,15 @@ def test_every_mistake_is_told_at_once(write: Write) -> None:
 def test_the_description_of_keys_holds_every_key_of_a_resolved_config(write: Write) -> None:
     described = {line.split(" = ")[0] for line in describe().splitlines() if not line.startswith(" ")}
     raw = yaml.safe_load(dump(load(write("run.yaml", WHOLE))))
-    for section, value in raw.items():
-        inside = value[0] if section == "peers" else value
-        prefix = "peers.N" if section == "peers" else section
-        keys = [f"{prefix}.{key}" for key in inside] if isinstance(inside, dict) else [section]
-        assert described.issuperset(keys), set(keys) - described
+
+    def keys(raw: Any, prefix: str) -> Iterator[str]:
+        for key, value in raw.items():
+            if key == "peers":
+                yield from keys(value[0], "peers.N.")
+            elif isinstance(value, dict) and key != "options":
+                yield from keys(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}"
+
+    assert "data.augmentation.padding" in described
+    assert described.issuperset(keys(raw, "")), set(keys(raw, "")) - described

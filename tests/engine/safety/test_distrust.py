@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipelines.folder import list_folder
+from data_pipelines.sources.class_folders import list_folder
 from engine.config import ConfigError, RunConfig
 from engine.files import digest, write_json
 from engine.safety import checkpoint, loading

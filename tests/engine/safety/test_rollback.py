@@ -13,7 +13,7 @@ import pytest
 
 from data_pipelines.config import DataConfig
 from data_pipelines.order import epoch_order
-from data_pipelines.readers import STANDARD
+from data_pipelines.sources.standard_sets import STANDARD
 from engine.config import ConfigError, RunConfig
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics

@@ -18,7 +18,7 @@ from torch import nn
 import models
 from data_pipelines import Batch
 from data_pipelines.config import DataConfig
-from data_pipelines.resident import Resident
+from data_pipelines.resident import ResidentSet
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.training.evaluation import Score, Scores, evaluate
@@ -44,7 +44,7 @@ def networks(peers: int, root: Path) -> list[nn.Module]:
     return made
 
 
-class Cut(Resident):
+class Cut(ResidentSet):
     """The real images, but only the first few."""
 
     def __init__(self, root: Path, size: int = IMAGES) -> None:
@@ -76,7 +76,7 @@ def scored(peers: list[nn.Module], peers_per_rank: int, pipeline: Any, batches: 
     return [evaluate(own, exchange, placement, pipeline, batch=batch, device=CPU) for batch in batches]
 
 
-def by_hand(peers: list[nn.Module], pipeline: Resident) -> Scores:
+def by_hand(peers: list[nn.Module], pipeline: ResidentSet) -> Scores:
     """Image by image, in float64."""
     k, n = len(peers), pipeline.eval_size
     right, losses, different = np.zeros((k + 1, 2)), np.zeros(k + 1), 0

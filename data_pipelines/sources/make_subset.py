@@ -1,6 +1,6 @@
 """Makes the balanced subset of Fashion-MNIST that comes with the package.
 
-    python -m data_pipelines.make_subset SRC DST
+    python -m data_pipelines.sources.make_subset SRC DST
 
 SRC holds the four files of Fashion-MNIST; DST gets four files of the same names with 12,000 training and 2,000 test
 images. The choice depends on nothing but the files, and with one version of zlib so do the bytes.
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines import order
-from data_pipelines.readers import STANDARD
+from data_pipelines.sources.standard_sets import STANDARD
 
 TRAIN_PER_CLASS = 1200
 TEST_PER_CLASS = 200
@@ -50,7 +50,9 @@ def balanced(labels: NDArray[np.int64], per_class: int) -> NDArray[np.int64]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipelines.make_subset", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipelines.sources.make_subset", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("source", type=Path, metavar="SRC", help="folder with the four files of Fashion-MNIST")
     parser.add_argument("target", type=Path, metavar="DST", help="folder for the subset")
     options = parser.parse_args(arguments)

@@ -1,5 +1,6 @@
-"""The listing of an ImageNet-style folder: ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG."""
+"""ImageNet-style folders, ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG: their listing, and their files."""
 
+import io
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from data_pipelines.contract import DataError
 
@@ -15,6 +17,7 @@ _GET = (
     "image_folder wants ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG; ImageNet (ILSVRC2012) comes from "
     "https://image-net.org/download-images"
 )
+FETCH = "Fetch the file again, or take it out"
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Listing:
         return f"{self.folder}/{self.classes[self.labels[index]]}/{self.names[index]}"
 
 
-@lru_cache(maxsize=1)  # check and open_pipeline both ask, and a walk of a million files on a network disk takes minutes
+# check_files and open_pipeline both ask, and a walk of a million files on a network disk takes minutes.
+@lru_cache(maxsize=1)
 def list_folder(root: Path) -> tuple[Listing, Listing]:
     """Lists the training and the validation split.
 
@@ -56,6 +60,33 @@ def list_folder(root: Path) -> tuple[Listing, Listing]:
             f"{only_train[:3]} and {len(only_val)} only in val {only_val[:3]}. {_GET}"
         )
     return train, val
+
+
+class Files:
+    """Reads encoded files, and remembers the size of each photo once its header was seen."""
+
+    def __init__(self, listing: Listing) -> None:
+        self.listing = listing
+        self._sizes = np.zeros((len(listing.names), 2), np.int32)
+
+    def read(self, ids: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
+        """Returns the bytes of each file, and the (height, width) of each photo, int64 [n, 2]."""
+        encoded = [self._read(index) for index in ids]
+        return encoded, self._sizes[ids].astype(np.int64)
+
+    def _read(self, index: int) -> NDArray[np.uint8]:
+        path = self.listing.path(index)
+        try:
+            with open(path, "rb") as file:
+                encoded = file.read()
+            if not self._sizes[index, 0]:
+                with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as header:
+                    self._sizes[index] = header.height, header.width
+        except OSError as error:
+            raise DataError(
+                f"{path}: expected a JPEG or PNG image, found a file that is neither or cannot be read. {FETCH}"
+            ) from error
+        return np.frombuffer(encoded, np.uint8)
 
 
 def _list_split(root: Path, name: str) -> Listing:

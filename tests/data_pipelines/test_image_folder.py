@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from data_pipelines import DataConfig, DataError, Pipeline, check, open_pipeline, order, windows
-from data_pipelines.folder import list_folder
+from data_pipelines import DataConfig, DataError, Pipeline, check_files, open_pipeline, order
+from data_pipelines.decoding import windows
+from data_pipelines.sources.class_folders import list_folder
 from tests.data_pipelines import cutting
 from tests.data_pipelines.files import write_photos
 
@@ -25,7 +26,7 @@ _RAW: dict[str, Any] = {"mean": [0.0] * 3, "std": [1 / 255] * 3}  # gives back t
 
 
 def _config(root: Path, **options: Any) -> DataConfig:
-    values = {"global_batch": 8, "image_size": 48, "resize": 56, "threads": 2} | options
+    values = {"global_batch": 8, "image": {"size": 48, "resize": 56}, "decoding": {"threads": 2}} | options
     return DataConfig(dataset="image_folder", root=root, **values)
 
 
@@ -82,7 +83,7 @@ def test_what_is_held_out_is_never_trained_on(photos: Path) -> None:
 
 def test_rows_do_not_depend_on_the_threads(photos: Path, pipeline: Pipeline) -> None:
     for threads in (1, 5):
-        other = _open(photos, threads=threads)
+        other = _open(photos, decoding={"threads": threads})
         for a, b in zip(pipeline.train(0, 0, slice(0, 8)), other.train(0, 0, slice(0, 8)), strict=True):
             assert cutting.same(a, b)
         other.close()
@@ -110,7 +111,7 @@ def test_batches_of_classes(photos: Path, sampler: str) -> None:
 
 def test_more_tuples_than_classes(photos: Path) -> None:
     with pytest.raises(DataError) as caught:
-        check(_config(photos, sampler="class_tuples"))
+        check_files(_config(photos, sampler="class_tuples"))
     assert str(caught.value) == (
         "global_batch: expected at most 6 for sampler class_tuples, images_per_class = 2 for each of 3 classes, found 8"
     )
@@ -236,14 +237,14 @@ def test_a_file_that_vanished(copy: Path) -> None:
 
 
 def test_a_mixed_decoder_without_cuda(photos: Path) -> None:
-    with pytest.raises(ValueError, match=r"^decoder: mixed needs a CUDA device, found cpu; use auto or cpu$"):
-        _open(photos, decoder="mixed")
+    with pytest.raises(ValueError, match=r"^decoding.decoder: mixed needs a CUDA device, found cpu; use auto or cpu$"):
+        _open(photos, decoding={"decoder": "mixed"})
 
 
 def test_without_dali(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(DataError) as caught:
-        check(_config(photos))
+        check_files(_config(photos))
     assert str(caught.value) == (
         "image_folder needs NVIDIA DALI: pip install cohort[dali-cuda13], "
         "or cohort[dali-cuda12] where the driver is for CUDA 12"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines import DataConfig, DataError, check
-from data_pipelines.folder import list_folder
+from data_pipelines import DataConfig, DataError, check_files
+from data_pipelines.sources.class_folders import list_folder
 
 _GET = (
     " image_folder wants ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG; ImageNet (ILSVRC2012) comes from "
@@ -107,7 +107,7 @@ def test_errors(tmp_path: Path, breaks: Callable[[Path], object], message: str) 
 def test_a_global_batch_larger_than_the_folder(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali")
     _write(tmp_path)
-    check(DataConfig(dataset="image_folder", root=tmp_path, global_batch=6))
+    check_files(DataConfig(dataset="image_folder", root=tmp_path, global_batch=6))
     with pytest.raises(DataError) as caught:
-        check(DataConfig(dataset="image_folder", root=tmp_path, global_batch=7))
+        check_files(DataConfig(dataset="image_folder", root=tmp_path, global_batch=7))
     assert str(caught.value) == f"global_batch: expected at most the 6 training samples of {tmp_path}, found 7"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines import DataConfig, DataError, check, open_pipeline
-from data_pipelines.readers import STANDARD
+from data_pipelines import DataConfig, DataError, check_files, open_pipeline
+from data_pipelines.sources.standard_sets import STANDARD
 from tests.data_pipelines.files import write_fashion, write_idx, write_records
 
 _GET_FASHION = (
@@ -72,7 +72,7 @@ def test_cifar100_takes_the_fine_label(tmp_path: Path, inner: str) -> None:
 
 def test_the_subset_that_comes_with_the_package() -> None:
     config = DataConfig(dataset="fashion_mnist_subset", global_batch=256)
-    check(config)
+    check_files(config)
     pipeline = open_pipeline(config, 0, torch.device("cpu"))
     assert (pipeline.train_size, pipeline.eval_size, pipeline.num_classes) == (12_000, 2_000, 10)
     assert (pipeline.channels, pipeline.image_size, pipeline.steps_per_epoch) == (1, 28, 46)
@@ -141,7 +141,7 @@ def test_fashion_mnist_errors(tmp_path: Path, breaks: Callable[[Path], object], 
     write_fashion(tmp_path)
     breaks(tmp_path)
     with pytest.raises(DataError) as caught:
-        check(DataConfig(dataset="fashion_mnist", root=tmp_path, global_batch=8))
+        check_files(DataConfig(dataset="fashion_mnist", root=tmp_path, global_batch=8))
     assert str(caught.value) == f"{message.format(root=tmp_path)} {_GET_FASHION}"
 
 
@@ -197,7 +197,7 @@ def test_cifar_errors(tmp_path: Path, dataset: str, breaks: Callable[[Path], obj
     _write_cifar10(tmp_path) if dataset == "cifar10" else _write_cifar100(tmp_path)
     breaks(tmp_path)
     with pytest.raises(DataError) as caught:
-        check(DataConfig(dataset=dataset, root=tmp_path, global_batch=8))
+        check_files(DataConfig(dataset=dataset, root=tmp_path, global_batch=8))
     get = _GET_CIFAR10 if dataset == "cifar10" else _GET_CIFAR100
     assert str(caught.value) == f"{message.format(root=tmp_path)} {get}"
 
@@ -206,7 +206,7 @@ def test_the_folder_of_the_pickled_archive_is_recognised(tmp_path: Path) -> None
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py/data_batch_1").touch()
     with pytest.raises(DataError, match="only the pickled Python version is there, which is never read"):
-        check(DataConfig(dataset="cifar10", root=tmp_path, global_batch=8))
+        check_files(DataConfig(dataset="cifar10", root=tmp_path, global_batch=8))
 
 
 def test_a_cifar_label_out_of_range(tmp_path: Path) -> None:
@@ -221,13 +221,13 @@ def test_a_cifar_label_out_of_range(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dataset", "get"), [("fashion_mnist", _GET_FASHION), ("cifar100", _GET_CIFAR100)])
 def test_no_root(tmp_path: Path, dataset: str, get: str) -> None:
     with pytest.raises(DataError) as caught:
-        check(DataConfig(dataset=dataset, root=tmp_path / "none", global_batch=8))
+        check_files(DataConfig(dataset=dataset, root=tmp_path / "none", global_batch=8))
     assert str(caught.value) == f"root: {tmp_path}/none is not a folder. {get}"
 
 
 def test_a_global_batch_larger_than_the_set(tmp_path: Path) -> None:
     write_fashion(tmp_path)
-    check(DataConfig(dataset="fashion_mnist", root=tmp_path, global_batch=24))
+    check_files(DataConfig(dataset="fashion_mnist", root=tmp_path, global_batch=24))
     with pytest.raises(DataError) as caught:
-        check(DataConfig(dataset="fashion_mnist", root=tmp_path, global_batch=25))
+        check_files(DataConfig(dataset="fashion_mnist", root=tmp_path, global_batch=25))
     assert str(caught.value) == f"global_batch: expected at most the 24 training samples of {tmp_path}, found 25"

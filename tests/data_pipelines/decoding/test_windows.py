@@ -8,7 +8,8 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from data_pipelines import order, windows
+from data_pipelines import order
+from data_pipelines.decoding import windows
 
 _AREA, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines import DataConfig
-from data_pipelines.make_subset import balanced, main
-from data_pipelines.readers import STANDARD
+from data_pipelines.sources.make_subset import balanced, main
+from data_pipelines.sources.standard_sets import STANDARD
 
 _SHIPPED = DataConfig(dataset="fashion_mnist_subset", global_batch=1).folder
 

@@ -1,0 +1,174 @@
+"""ImageNet-style folders of JPEG and PNG files, decoded and transformed by DALI.
+
+What is shown of which photo is decided here, by :mod:`data_pipelines.order` and
+:mod:`data_pipelines.decoding.windows`; DALI is told.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipelines import order
+from data_pipelines.config import DataConfig
+from data_pipelines.contract import Batch, DataError, Pipeline
+from data_pipelines.decoding import windows
+from data_pipelines.decoding.dali import Graph, Plan, Work
+from data_pipelines.pixels import Normalise
+from data_pipelines.sampling import Sampling
+from data_pipelines.sources.class_folders import FETCH, Files, list_folder
+
+_READERS = 4  # threads that read files, a batch each
+_IN_FLIGHT = 2  # batches that DALI works on while the network trains
+
+
+class ImageFolder(Pipeline):
+    """ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG.
+
+    Args:
+        config: the folder and its augmentation.
+        seed: of order and augmentation.
+        device: where the batches appear; on CUDA, ``mixed`` decodes there as well.
+
+    Raises:
+        DataError: see :func:`data_pipelines.sources.class_folders.list_folder`, and a class with too few photos for
+            `config.sampler`.
+        ValueError: a mixed decoder is asked for on a device that is not CUDA.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
+        if config.decoding.decoder == "mixed" and device.type != "cuda":
+            raise ValueError(f"decoding.decoder: mixed needs a CUDA device, found {device}; use auto or cpu")
+        self._train, self._val = (Files(listing) for listing in list_folder(config.folder))
+        self.class_names = self._train.listing.classes
+        self.num_classes = len(self.class_names)
+        self.channels = 3
+        self.image_size = config.image.size
+        self._sampling = Sampling(config, seed, self._train.listing.labels, self.class_names)
+        self.train_size, self.held_out_size = len(self._sampling.trained_on), len(self._sampling.held_out)
+        self.eval_size = len(self._val.listing.names)
+        self.global_batch, self.steps_per_epoch = config.global_batch, self._sampling.steps
+        self.train_targets = self._sampling.targets
+        self._config, self._seed, self._device = config, seed, device
+        self._normalise = Normalise(*config.normalisation, config.image.size, device)
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cohort-reader")
+
+    def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
+        """See :meth:`data_pipelines.contract.Pipeline.train`."""
+        samples = self._sampling.epoch(epoch)
+        size, augmentation = self.global_batch, self._config.augmentation
+        area, ratio = augmentation.crop_area, augmentation.crop_ratio
+
+        def prepare(step: int) -> Work:
+            ids = samples[step, rows]
+            encoded, sizes = self._train.read(ids)
+            uniforms = (order.augmentation(self._seed, epoch, step, size, windows.COLUMNS, view) for view in views)
+            draws = [windows.crop_draws(each, area, ratio)[rows] for each in uniforms]
+            cropped = (windows.crop_windows(each, sizes, ratio) for each in draws)
+            corners, shapes = (np.stack(each, axis=1) for each in zip(*cropped, strict=True))
+            flips = np.stack([windows.flips(each) for each in draws], axis=1)
+            return Work(ids, encoded, corners, shapes, np.full_like(sizes, self.image_size), 0 * sizes, flips)
+
+        largest = len(range(*rows.indices(size)))
+        # A photo of several views is decoded once, and then as a whole. A window is decoded without the colours beyond
+        # its edges, so a rank that asks for one view where others ask for more has to decode the whole as well.
+        whole = self._config.views == "per_peer"
+        plan = Plan(largest, len(views), whole)
+        return self._batches(self._train, prepare, range(first_step, self.steps_per_epoch), plan)
+
+    def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
+        """See :meth:`data_pipelines.contract.Pipeline.evaluate`."""
+        return self._as_they_are(self._val, np.arange(self.eval_size), order.part(self.eval_size, part, parts), batch)
+
+    def held_out(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
+        """See :meth:`data_pipelines.contract.Pipeline.held_out`."""
+        mine = order.part(self.held_out_size, part, parts)
+        return self._as_they_are(self._train, self._sampling.held_out, mine, batch)
+
+    def _as_they_are(self, files: Files, samples: NDArray[np.int64], mine: range, batch: int) -> Iterator[Batch]:
+        """The samples at the places `mine`, in order, without augmentation."""
+
+        def prepare(begin: int) -> Work:
+            ids = samples[begin : min(begin + batch, mine.stop)]
+            encoded, sizes = files.read(ids)
+            scaled, cuts = windows.validation_windows(sizes, self._config.image.resize, self.image_size)
+            corners, shapes, flips = 0 * sizes[:, None], sizes[:, None], np.zeros((len(ids), 1), np.int32)
+            return Work(ids, encoded, corners, shapes, scaled, cuts, flips)
+
+        return self._batches(files, prepare, range(mine.start, mine.stop, batch), Plan(batch, 1, False))
+
+    def close(self) -> None:
+        """See :meth:`data_pipelines.contract.Pipeline.close`."""
+        self._readers.shutdown(cancel_futures=True)
+
+    def _batches(self, files: Files, prepare: Callable[[int], Work], steps: range, plan: Plan) -> Iterator[Batch]:
+        if not steps:
+            return
+        # A graph of its own for each pass: training may pause for an evaluation with batches in flight.
+        graph = self._graph(plan)
+        pending: deque[Work] = deque()
+        try:
+            for work in _ahead(self._readers, prepare, steps):
+                pending.append(work)
+                graph.feed(work)
+                if len(pending) > _IN_FLIGHT:
+                    yield self._finish(graph, files, pending)
+            while pending:
+                yield self._finish(graph, files, pending)
+        except RuntimeError as error:
+            broken = self._broken_file(files, pending, plan)
+            if broken is None:
+                raise
+            raise broken from error
+
+    def _finish(self, graph: Graph, files: Files, pending: deque[Work]) -> Batch:
+        views, ids = graph.take()
+        # With ids and labels in one copy; the ids went through DALI, so they cannot get out of step with the pixels.
+        numbers = torch.from_numpy(np.stack([ids, files.listing.labels[ids]]))
+        if self._device.type == "cuda":
+            numbers = numbers.pin_memory()
+            views = [pixels if pixels.is_cuda else pixels.pin_memory() for pixels in views]
+        *views, numbers = (tensor.to(self._device, non_blocking=True) for tensor in (*views, numbers))
+        # Normalising copies the pixels out of DALI's buffers, which go back to DALI when ``views`` does.
+        batch = Batch(tuple(self._normalise(pixels) for pixels in views), numbers[1], numbers[0])
+        pending.popleft()
+        return batch
+
+    def _graph(self, plan: Plan) -> Graph:
+        mixed = self._device.type == "cuda" and self._config.decoding.decoder != "cpu"
+        return Graph(plan, self._config.decoding.threads, self.image_size, self._device if mixed else None)
+
+    def _broken_file(self, files: Files, pending: deque[Work], plan: Plan) -> DataError | None:
+        """Finds the file that stopped DALI, which names only the batch, by decoding one at a time."""
+        graph = self._graph(replace(plan, largest=1))
+        for work in pending:
+            for index, name in enumerate(work.ids):
+                one = slice(index, index + 1)
+                try:
+                    graph.feed(Work(*(field[one] for field in vars(work).values())))
+                    graph.take()
+                except RuntimeError:
+                    return DataError(
+                        f"{files.listing.path(name)}: expected a whole JPEG or PNG image, found "
+                        f"{work.encoded[index].size} bytes that cannot be decoded. {FETCH}"
+                    )
+        return None
+
+
+def _ahead(pool: ThreadPoolExecutor, prepare: Callable[[int], Work], steps: range) -> Iterator[Work]:
+    """Yields what ``prepare`` gives for each step, in order, while the pool is some steps ahead."""
+    left = iter(steps)
+    futures: deque[Future[Work]] = deque(pool.submit(prepare, step) for step in islice(left, _READERS))
+    try:
+        while futures:
+            work = futures.popleft().result()
+            futures.extend(pool.submit(prepare, step) for step in islice(left, 1))
+            yield work
+    finally:
+        for future in futures:
+            future.cancel()
