@@ -178,8 +178,7 @@ class _Run:
         """Trains until the last step is done or a signal asks for an earlier end."""
         while self.step < self.steps and not self.stopped_by:
             epoch, done = divmod(self.step, self.steps_per_epoch)
-            if epoch and not done and self.cohort.method.held_out(self.config.method):
-                self.cohort.method.begin_epoch(survey(self.cohort, self.pipeline))
+            if epoch and not done and survey(self.cohort, self.pipeline):
                 self.clock.restart()
             rows = self.placement.rows(self.config.data.global_batch)
             for batch in self.pipeline.train(epoch, done, rows, self.cohort.views):

@@ -1,8 +1,11 @@
-"""The methods: how the peers of a cohort teach each other. One file a method, all on the contract in `contract.py`."""
+"""The methods: how the peers of a cohort teach each other. One file a method, all on the contract in `contract.py`.
+
+What few of them need beyond it is in `capabilities/`.
+"""
 
 from losses.cl_ilr import CLILR
 from losses.codistillation import Codistillation
-from losses.contract import AfterStep, Method, MethodOptions, OuterStep, PeerInfo, Progress, Signals, Terms
+from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from losses.dcl import DCL
 from losses.dcm import DCM
 from losses.dml import DML
@@ -17,10 +20,8 @@ from losses.pcl import PCL
 
 __all__ = [
     "METHODS",
-    "AfterStep",
     "Method",
     "MethodOptions",
-    "OuterStep",
     "PeerInfo",
     "Progress",
     "Signals",

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from losses.capabilities import SharedTrunk
 from losses.contract import Method, MethodOptions, Progress, Signals, Terms
 from losses.functional import cross_entropy, mean_of_others, ramp_up, tempered_kl
 
@@ -37,7 +38,7 @@ class CLILROptions(MethodOptions):
     )
 
 
-class CLILR(Method):
+class CLILR(SharedTrunk, Method):
     r"""The heads of one network learn from the mean logits of the other heads.
 
     With K heads, logits z_k [N, C], means over rows, w(e) the ramp-up (`losses.functional.ramp_up`) and T^2 only where

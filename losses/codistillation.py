@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from losses.contract import AfterStep, Method, MethodOptions, PeerInfo, Progress, Signals, Terms
+from losses.capabilities import AfterStep, LooksAtImages, MeetsAsJobs
+from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from losses.functional import cross_entropy, cross_term, fill, flat, tempered_log_softmax
 
 
@@ -31,7 +32,7 @@ class CodistillationOptions(MethodOptions):
     )
 
 
-class Codistillation(Method):
+class Codistillation(LooksAtImages, MeetsAsJobs, Method):
     r"""Every peer matches the class probabilities of stale copies of the others, which are computed where it lives.
 
     With peer k's logits z_k [N, C], p_k = softmax(z_k), \hat{p}_j the probabilities that a copy of peer j gives for the
@@ -130,7 +131,7 @@ class Codistillation(Method):
                 fill(_state(self.copies[j]), peer["weights"])
                 self._taken[j] = True
 
-    def shown_apart(self) -> Sequence[Mapping[str, tuple[int, ...]]]:
+    def shown(self) -> Sequence[Mapping[str, tuple[int, ...]]]:
         return [{"weights": (sum(x.numel() for x in _state(copy)),)} for copy in self.copies]
 
 

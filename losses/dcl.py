@@ -12,7 +12,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from losses.contract import AfterStep, Method, MethodOptions, Progress, Signals, Terms
+from losses.capabilities import ActsAfterStep, AfterStep
+from losses.contract import Method, MethodOptions, Progress, Signals, Terms
 from losses.functional import cross_entropy, fill, flat
 
 
@@ -43,7 +44,7 @@ class DCLOptions(MethodOptions):
         return self
 
 
-class DCL(Method):
+class DCL(ActsAfterStep, Method):
     r"""L_k = CE(z_k, y); every `interval` steps the peers' parameters w_k are mixed, element by element:
 
         w_k <- \beta \bar{w} + (1 - \beta) w_k

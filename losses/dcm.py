@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from losses.capabilities import StageTaps
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from losses.functional import cross_entropy, cross_term, sum_of_others, tempered_log_softmax
 
@@ -21,7 +22,7 @@ class DCMOptions(MethodOptions):
     name: Literal["dcm"] = "dcm"
 
 
-class DCM(Method):
+class DCM(StageTaps, Method):
     r"""Every classifier of a peer, early ones too, matches every classifier of the other peers.
 
     A peer of S stages has auxiliary classifiers after stages S-2 and S-1, which are left behind at export. With their

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from losses.capabilities import Turns
 from losses.contract import Method, MethodOptions, Progress, Signals, Terms
 from losses.functional import cross_entropy, cross_term, mean_of_others, tempered_log_softmax
 
@@ -31,7 +32,7 @@ class DMLOptions(MethodOptions):
     weight: float = Field(1.0, ge=0, description="weight of the KL term; 1 in the paper")
 
 
-class DML(Method):
+class DML(Turns, Method):
     r"""Every peer matches the class probabilities of the others.
 
     With K peers, logits z_k [N, C], p_k = softmax(z_k / T) and the others' p_j constant,
@@ -55,7 +56,7 @@ class DML(Method):
     def turns(cls, options: DMLOptions, num_peers: int) -> Sequence[Sequence[int]]:
         if options.order == "sequential":
             return [(k,) for k in range(num_peers)]
-        return super().turns(options, num_peers)
+        return [range(num_peers)]
 
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from losses.capabilities import OwnWeightDecay, SharedTrunk, StageTaps
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from losses.functional import cross_entropy, distillation, ramp_up
 
@@ -62,7 +63,7 @@ class LastMap(nn.Module):
         return {"map": signals[self._name]}
 
 
-class FFL(Method):
+class FFL(SharedTrunk, StageTaps, OwnWeightDecay, Method):
     r"""Sub-networks are fused into a classifier that learns from their mean and teaches each of them.
 
     With K sub-networks (2 in the paper) on a shared trunk, logits z_k [N, C] and last maps f_k [N, c, h, w], fused
@@ -105,7 +106,7 @@ class FFL(Method):
         return LastMap(len(peer.stages))
 
     @classmethod
-    def weight_decay(cls, options: FFLOptions) -> float | None:
+    def weight_decay(cls, options: FFLOptions) -> float:
         return options.fusion_weight_decay
 
     def forward(

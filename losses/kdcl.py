@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from losses.capabilities import HeldOutSurveys
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from losses.functional import cross_entropy, distillation
 
@@ -30,7 +31,7 @@ class KDCLOptions(MethodOptions):
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy; 0.5 in the official code")
 
 
-class KDCL(Method):
+class KDCL(HeldOutSurveys, Method):
     r"""Every peer matches one ensemble of the logits of all peers, whatever their architectures.
 
     With K peers, each on its own augmentation x_i of the image (`data.views: per_peer`), and logits z_i [N, C],

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from losses.contract import OuterStep, PeerInfo, Progress, Signals, Terms
+from losses.capabilities import OuterProblem, OuterStep, StageTaps, Unsynchronised
+from losses.contract import PeerInfo, Progress, Signals, Terms
 from losses.contrast import ContrastiveOptions, Pair, totals
 from losses.functional import cross_entropy, distillation
 from losses.mcl import Contrastive
@@ -47,7 +48,7 @@ class LMCLOptions(ContrastiveOptions):
     )
 
 
-class LMCL(Contrastive):
+class LMCL(OuterProblem, StageTaps, Unsynchronised, Contrastive):
     r"""Embeddings after every stage, contrasted between peers all-to-all, with weights that are learned.
 
     Peer i of S stages has an exit after each: after the last its own classifier, before it an auxiliary one. With the
@@ -93,11 +94,11 @@ class LMCL(Contrastive):
     deployed = "best"
 
     @property
-    def banks_begin_apart(self) -> bool:  # type: ignore[override]
+    def banks_differ_by_rank(self) -> bool:  # type: ignore[override]
         """As in the published code."""
         return self.options.replicas == "published"
 
-    def kept_apart(self, head: nn.Module) -> Sequence[nn.Parameter]:
+    def unsynchronised(self, head: nn.Module) -> Sequence[nn.Parameter]:
         assert isinstance(head, Exits)
         if self.options.replicas == "synchronised":
             return ()

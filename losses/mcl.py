@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from losses.contract import AfterStep, MakeTable, Method, PeerInfo, Progress, Signals, Terms
+from losses.capabilities import ActsAfterStep, AfterStep, AllRows, MakeTable, SharedTrunk, Tables
+from losses.contract import Method, PeerInfo, Progress, Signals, Terms
 from losses.contrast import ContrastiveOptions, Pair, PairRows, rows_in_batch, rows_in_memory, totals
 from losses.functional import cross_entropy, distillation
 from losses.memory import Memory
@@ -29,12 +30,12 @@ class MCLOptions(ContrastiveOptions):
     )
 
 
-class Contrastive(Method):
+class Contrastive(AllRows, Tables, ActsAfterStep, Method):
     """What MCL and L-MCL have in common: where candidates come from, and the memory of embeddings."""
 
     options: ContrastiveOptions
     memory: Memory
-    banks_begin_apart = False
+    banks_differ_by_rank = False
 
     def __init__(self, options: ContrastiveOptions, peers: Sequence[PeerInfo]) -> None:
         super().__init__(options, peers)
@@ -54,7 +55,7 @@ class Contrastive(Method):
     def prepare(self, classes: Tensor, make_table: MakeTable) -> None:
         if self.options.negatives == "memory":
             self.memory = Memory(
-                self.options, self.num_peers, classes, make_table, self._key, apart=self.banks_begin_apart
+                self.options, self.num_peers, classes, make_table, self._key, differs_by_rank=self.banks_differ_by_rank
             )
 
     def rows(
@@ -84,7 +85,7 @@ class Contrastive(Method):
                 self.memory.update(signals[0]["all_ids"], last, after.skipped)
 
 
-class MCL(Contrastive):
+class MCL(SharedTrunk, Contrastive):
     r"""Peers contrast their images with each other's, and match each other's contrastive distributions.
 
     With K peers, an embedding of each image e_k [N, d] of unit length from a head on the pooled features, and

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.contract import MakeTable, Table
+from losses.capabilities import MakeTable, Table
 from losses.contrast import ContrastiveOptions
 from losses.draws import ClassIndex, words
 
@@ -26,7 +26,7 @@ class Memory(nn.Module):
         classes: int64 [n], the class of each training image; -1 for images that are never trained on.
         make_table: builds a table that all ranks read and write alike.
         key: of the random numbers.
-        apart: whether the banks begin differently on each rank.
+        differs_by_rank: whether the banks begin differently on each rank.
 
     Raises:
         ValueError: naming a class of which not enough images can be drawn.
@@ -42,7 +42,7 @@ class Memory(nn.Module):
         make_table: MakeTable,
         key: tuple[int, int],
         *,
-        apart: bool = False,
+        differs_by_rank: bool = False,
     ) -> None:
         super().__init__()
         self._options, self._key = options, key
@@ -50,7 +50,14 @@ class Memory(nn.Module):
         self.register_buffer("classes", classes, persistent=False)
         dtype = torch.bfloat16 if options.bank_dtype == "bf16" else torch.float32
         tables = [
-            make_table(len(classes), options.width, dtype, self._initial(k), sharded=options.bank_sharded, apart=apart)
+            make_table(
+                len(classes),
+                options.width,
+                dtype,
+                self._initial(k),
+                sharded=options.bank_sharded,
+                differs_by_rank=differs_by_rank,
+            )
             for k in range(num_peers)
         ]
         self.banks: Sequence[Table] = nn.ModuleList(tables)  # type: ignore[assignment,arg-type]

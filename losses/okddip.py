@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from losses.capabilities import SharedTrunk
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from losses.functional import cross_entropy, ramp_up, tempered_log_softmax
 
@@ -32,7 +33,7 @@ class OKDDipOptions(MethodOptions):
     ramp_up_epochs: int = Field(80, ge=0, description="epochs in which distillation gains its weight; 0: none")
 
 
-class OKDDip(Method):
+class OKDDip(SharedTrunk, Method):
     r"""Peers learn from mixtures of all peers that each chooses by attention, and a leader learns from their mean.
 
     The last of the K peers is the leader L, the one to deploy; a, b run over the K - 1 others. With logits z [N, C],

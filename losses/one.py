@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from losses.capabilities import SharedTrunk
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from losses.functional import cross_entropy, distillation, ramp_up
 
@@ -42,7 +43,7 @@ class Gate(nn.Module):
         return F.relu(self.norm(self.linear(maps.mean((2, 3))))).softmax(-1)
 
 
-class ONE(Method):
+class ONE(SharedTrunk, Method):
     r"""The branches of one network learn from their own gated ensemble.
 
     With K branches, logits z_k [N, C], gate g [N, K] on the trunk's map, means over rows and w(e) the ramp-up

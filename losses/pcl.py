@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from losses.capabilities import SharedTrunk, Teachers
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from losses.functional import cross_entropy, distillation, ramp_up
 
@@ -31,7 +32,7 @@ class PCLOptions(MethodOptions):
     )
 
 
-class PCL(Method):
+class PCL(Teachers, SharedTrunk, Method):
     r"""Branches of one network learn from their ensemble and from moving averages of each other.
 
     With m peers on a trunk that they share, each on an augmentation x_j of the image that is its own
@@ -76,7 +77,7 @@ class PCL(Method):
         return num_stages - 1
 
     @classmethod
-    def teacher_decay(cls, options: Any, step: int) -> float | None:
+    def teacher_decay(cls, options: PCLOptions, step: int) -> float:
         return min(1 - 1 / (step + 1), options.max_decay)
 
     def forward(

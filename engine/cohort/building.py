@@ -23,6 +23,7 @@ from engine.cohort.trunk import Trunk
 from engine.config import RunConfig
 from engine.ranks.placement import Placement
 from losses import METHODS, Method
+from losses.capabilities import OuterProblem, OwnWeightDecay, SharedTrunk, Teachers, Unsynchronised, turns_of
 from models.stages import Joined, Taps, cut
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -68,7 +69,7 @@ class Builder:
         """The method, with the modules that all peers share. Raises: ValueError, where it excludes itself."""
         with self._streams.initial_method():
             method = METHODS[self._config.method.name](self._config.method, [outline.info for outline in outlines])
-        turns = method.turns(self._config.method, len(outlines))
+        turns = turns_of(type(method), self._config.method, len(outlines))
         whole_at_once = len(turns) == 1 and method.exchange != "differentiable"
         if not whole_at_once and any(p.requires_grad for p in method.parameters()):
             # Their gradient is whole on every rank only if every rank computes the whole objective of its rows at once.
@@ -77,7 +78,7 @@ class Builder:
 
     def trunk(self, outline: Outline, method: Method) -> Trunk | None:
         """The trunk that all peers share, if they share one, cut off the first peer's network."""
-        if outline.trunk is None:
+        if outline.trunk is None or not isinstance(method, SharedTrunk):
             return None
         module, _ = cut(self._network(0, self._config.cohort[0][1].pretrained), outline.trunk)
         below = {name: path for name, path in outline.taps.items() if _has(module, path)}
@@ -100,8 +101,8 @@ class Builder:
         taps = Taps(network, above, outline.inputs) if outline.inputs else None
         if self._config.precision.compile:
             network.compile()
-        outer = list(method.outer(head)) if head is not None else []
-        apart = list(method.kept_apart(head)) if head is not None else []
+        outer = list(method.outer(head)) if head is not None and isinstance(method, OuterProblem) else []
+        unsynchronised = _unsynchronised(method, head)
         outer_optimizer = self.optimizer(nn.ParameterList(outer)) if outer else None
         for p in outer:
             p.requires_grad_(False)
@@ -112,8 +113,8 @@ class Builder:
             name=self._config.cohort[index][0],
             peer=peer,
             whole=whole,
-            wrapped=self._averaged(peer, self._replica_group, [names[id(p)] for p in apart]),
-            apart=frozenset(names[id(p)] for p in apart),
+            wrapped=self._averaged(peer, self._replica_group, [names[id(p)] for p in unsynchronised]),
+            unsynchronised=frozenset(names[id(p)] for p in unsynchronised),
             optimizer=self.optimizer(peer),
             outer={names[id(p)]: p for p in outer},
             outer_optimizer=outer_optimizer,
@@ -131,9 +132,8 @@ class Builder:
         if not any(p.requires_grad for p in shared.parameters()):
             return None
         optimizer = make_optimizer(shared, self._config.optimizer)
-        decay = method.weight_decay(self._config.method)
-        if decay is not None:
-            set_weight_decay(optimizer, method.parameters(), decay)
+        if isinstance(method, OwnWeightDecay):
+            set_weight_decay(optimizer, method.parameters(), method.weight_decay(self._config.method))
         self._schedule(optimizer)
         return optimizer
 
@@ -168,16 +168,15 @@ class Builder:
             head = method.head(outline.info)
         if head is None:
             return None
-        if self._placement.replica and method.kept_apart(head):
+        if self._placement.replica and (mine := _unsynchronised(method, head)):
             with self._streams.initial_head(index, self._placement.replica):
                 other = method.head(outline.info)
-            assert other is not None
-            for p, own in zip(method.kept_apart(head), method.kept_apart(other), strict=True):
+            for p, own in zip(mine, _unsynchronised(method, other), strict=True):
                 p.data.copy_(own)
         return self._placed(head)
 
     def _average(self, whole: nn.Module, method: Method) -> ModelEmaV3 | Teacher | None:
-        if method.teacher_decay(self._config.method, 0) is not None:
+        if isinstance(method, Teachers):
             return Teacher(whole, compiled=self._config.precision.compile)
         decay = self._config.train.ema_decay
         return ModelEmaV3(whole, decay=decay) if decay else None
@@ -185,12 +184,12 @@ class Builder:
     def _placed(self, module: _M) -> _M:
         return module.to(self._streams.device, memory_format=self._memory_format)  # type: ignore[call-overload]
 
-    def _averaged(self, module: nn.Module, group: dist.ProcessGroup | None, apart: Sequence[str] = ()) -> nn.Module:
+    def _averaged(self, module: nn.Module, group: dist.ProcessGroup | None, ignored: Sequence[str] = ()) -> nn.Module:
         assert group is not None
         if group.size() == 1:
             return module
         # Of DDP's own making, and the only way to have it leave parameters alone.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, apart)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
         device = self._streams.device
         return DistributedDataParallel(
             module,
@@ -199,6 +198,10 @@ class Builder:
             gradient_as_bucket_view=True,
             **_KEEP_BUFFERS,
         )
+
+
+def _unsynchronised(method: Method, head: nn.Module | None) -> Sequence[nn.Parameter]:
+    return method.unsynchronised(head) if head is not None and isinstance(method, Unsynchronised) else ()
 
 
 def _has(network: nn.Module, path: str) -> bool:

@@ -25,6 +25,7 @@ from engine.ranks.meeting import Meeting
 from engine.ranks.placement import Placement
 from engine.ranks.tables import make_table
 from losses import Progress, Signals, Terms
+from losses.capabilities import AllRows, LooksAtImages, MeetsAsJobs, Tables, Teachers, turns_of
 
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,10 +58,10 @@ class Cohort:
         builder = Builder(config, placement, self.streams, self.replica_group, steps_per_epoch=steps_per_epoch, **sizes)
         outlines = [builder.outline(index) for index in range(placement.num_peers)]
         self.method = builder.method(outlines)
-        self.turns = self.method.turns(config.method, placement.num_peers)
+        self.turns = turns_of(type(self.method), config.method, placement.num_peers)
         self.meeting = None
-        if placement.only is not None:
-            self.meeting = Meeting(config, placement, self.method.shown_apart(), device)
+        if placement.only is not None and isinstance(self.method, MeetsAsJobs):
+            self.meeting = Meeting(config, placement, self.method.shown(), device)
         self.trunk = builder.trunk(outlines[0], self.method)
         self.shared = nn.ModuleDict({"method": self.method} | ({"trunk": self.trunk.module} if self.trunk else {}))
         self.wrapped_method = builder.averaged_over_all(self.method)
@@ -89,7 +90,9 @@ class Cohort:
         return cohort
 
     def prepare(self, classes: Tensor) -> None:
-        """Tells the method of the training images' classes, int64 [n], see `Method.prepare`. Raises: ConfigError."""
+        """Tells a method that has `Tables` of the training images' classes, int64 [n]. Raises: ConfigError."""
+        if not isinstance(self.method, Tables):
+            return
         try:
             self.method.prepare(classes.to(self.device), partial(make_table, self.device))
         except ValueError as error:
@@ -153,9 +156,11 @@ class Cohort:
                 if isinstance(resident.ema, Teacher):
                     self.streams.before_teacher(k, step, micro)
                     signals[k] = {**signals[k], "teacher": resident.ema(images)}
-            with torch.no_grad():
-                seen = self.method.look(views, progress)
-        return {k: {**own, **seen.get(k, {})} for k, own in signals.items()}
+            if isinstance(self.method, LooksAtImages):
+                with torch.no_grad():
+                    seen = self.method.look(views, progress)
+                signals = {k: {**own, **seen.get(k, {})} for k, own in signals.items()}
+        return signals
 
     def _before_trunk(self, step: int, micro: int, peer: int) -> None:
         self.streams.before_trunk(peer if self.config.data.views == "per_peer" else None, step, micro)
@@ -173,9 +178,10 @@ class Cohort:
     ) -> Sequence[Signals]:
         """The one exchange of a step: live signals of the residents -> those of all K peers, as the method wants them
         unless `mode` says otherwise."""
-        rows = (batch.targets, batch.ids) if self.method.everywhere else None
+        everywhere = self.method.everywhere if isinstance(self.method, AllRows) else ()
+        rows = (batch.targets, batch.ids) if everywhere else None
         mode = mode or self.method.exchange
-        return self.exchange(own, mode, private=self.private, everywhere=self.method.everywhere, rows=rows)
+        return self.exchange(own, mode, private=self.private, everywhere=everywhere, rows=rows)
 
     def objective(
         self, learners: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress, micro: int
@@ -194,7 +200,7 @@ class Cohort:
 
     def update_averages(self, step: int) -> None:
         """Moves the residents' averages and teachers, after update number `step`."""
-        decay = self.method.teacher_decay(self.config.method, step)
+        decay = self.method.teacher_decay(self.config.method, step) if isinstance(self.method, Teachers) else None
         for resident in self.residents.values():
             resident.update_average(decay)
 

@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
-from losses import OuterStep, Progress, Signals
+from losses import Progress, Signals
+from losses.capabilities import OuterProblem, OuterStep
 from losses.functional import flat
 
 
@@ -22,12 +23,14 @@ def outer_gradients(cohort: Cohort, batch: Batch, progress: Progress) -> bool:
     Returns:
         Whether an outer step was due.
     """
+    method = cohort.method
+    assert isinstance(method, OuterProblem)
     groups = {k: r.optimizer.param_groups for k, r in cohort.residents.items()}
     decay = {k: {id(p): group["weight_decay"] for group in own for p in group["params"]} for k, own in groups.items()}
     named = {k: dict(r.peer.named_parameters()) for k, r in cohort.residents.items()}
     # torch.compile has no second derivative; float16 would need a scale of its own.
     with torch.compiler.set_stance("force_eager"):
-        found = cohort.method.outer_step(
+        found = method.outer_step(
             OuterStep(
                 parameters=named,
                 outer={k: list(r.outer) for k, r in cohort.residents.items()},

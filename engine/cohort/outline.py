@@ -11,6 +11,7 @@ from torch import nn
 import models
 from engine.config import RunConfig
 from losses import METHODS, Method, MethodOptions, PeerInfo
+from losses.capabilities import StageTaps, trunk_of
 from models import heads
 from models.stages import Stage, stages
 from models.weightless import weightless
@@ -58,8 +59,9 @@ def outline(
     found: list[Stage] = []
     if looks_at_stages(method, options):
         found = stages(whole, channels, image_size)
-    taps = {f"stage{j}": found[j - 1].module for j in method.taps(options, len(found))}
-    trunk = method.trunk(options, len(found))
+    tapped = method.taps(options, len(found)) if issubclass(method, StageTaps) else ()
+    taps = {f"stage{j}": found[j - 1].module for j in tapped}
+    trunk = trunk_of(method, options, len(found))
     if trunk is not None and trunk >= len(found):
         raise ValueError(f"the peers would share {trunk} stages of {len(found)}, and have none of their own")
     return Outline(
@@ -72,5 +74,4 @@ def outline(
 
 def looks_at_stages(method: type[Method], options: MethodOptions) -> bool:
     """Whether a method wants feature maps or a trunk, which not every network has."""
-    # A bound classmethod is made anew each time that it is looked at; the function behind it is one.
-    return method.taps.__func__ is not Method.taps.__func__ or method.trunk(options, 3) is not None  # type: ignore[attr-defined]
+    return issubclass(method, StageTaps) or trunk_of(method, options, 3) is not None

@@ -53,7 +53,7 @@ class Resident:
     wrapped: nn.Module
     """The peer as it is called in training: it averages gradients over its replica group, if that has several ranks."""
     optimizer: torch.optim.Optimizer
-    apart: frozenset[str]
+    unsynchronised: frozenset[str]
     """Names of those parameters of the peer that its replicas do not have in common."""
     outer: dict[str, nn.Parameter]
     """Those parameters of the peer that an outer step moves, by name, and"""

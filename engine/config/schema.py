@@ -14,6 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 import models
 from data_pipelines import DataConfig
 from losses import METHODS, MethodOptions
+from losses.capabilities import (
+    ActsAfterStep,
+    HeldOutSurveys,
+    MeetsAsJobs,
+    SharedTrunk,
+    Teachers,
+    trunk_of,
+    turns_of,
+)
 
 
 class ConfigError(ValueError):
@@ -298,12 +307,13 @@ class RunConfig(_Section):
                 )
             except ValueError as error:
                 raise ValueError(f"peers.{index}: {error}") from None
+        method = METHODS[self.method.name]
         try:
-            METHODS[self.method.name].check(self.method, len(names))
+            method.check(self.method, len(names))
         except ValueError as error:
             raise ValueError(f"method.name = {self.method.name}: {error}") from None
-        if self.placement.kind == "jobs" and not METHODS[self.method.name].meets():
-            able = [name for name, method in METHODS.items() if method.meets()]
+        if self.placement.kind == "jobs" and not issubclass(method, MeetsAsJobs):
+            able = [name for name, other in METHODS.items() if issubclass(other, MeetsAsJobs)]
             raise ValueError(
                 f"placement.kind = jobs: the peers of {self.method.name} cannot train apart from each other; expected "
                 f"another kind, or method.name = {' or '.join(able)}"
@@ -314,31 +324,32 @@ class RunConfig(_Section):
             raise ValueError(
                 f"placement.peer = {self.placement.peer!r}: expected one of the peers {', '.join(names)}{hint}"
             )
-        if METHODS[self.method.name].one_view and self.data.views != "shared":
+        if issubclass(method, SharedTrunk) and method.one_view and self.data.views != "shared":
             raise ValueError(
                 f"data.views = {self.data.views}: {self.method.name} needs one augmentation for all peers; "
                 "expected shared"
             )
-        if METHODS[self.method.name].trunk(self.method, 3) is not None:
+        if trunk_of(method, self.method, 3) is not None:
             kinds = {(peer.network, repr(peer.options)) for peer in self.peers}
             if len(kinds) > 1:
                 raise ValueError(
                     f"peers: {self.method.name} shares a trunk between peers of one network; found "
                     f"{', '.join(sorted(network for network, _ in kinds))}"
                 )
-        if METHODS[self.method.name].alike:
+        if issubclass(method, ActsAfterStep) and method.alike:
             found = {f"{peer.network} {peer.options}" if peer.options else peer.network for peer in self.peers}
             if len(found) > 1:
                 raise ValueError(
                     f"peers: {self.method.name} needs peers of one network with the same options; found "
                     f"{', '.join(sorted(found))}"
                 )
-        if METHODS[self.method.name].held_out(self.method) and not self.data.held_out:
+        surveys = issubclass(method, HeldOutSurveys) and method.held_out(self.method)
+        if surveys and not self.data.held_out:
             raise ValueError(
                 f"data.held_out = {self.data.held_out}: {self.method.name} as configured looks at images that are not "
                 "trained on; expected a part of the training samples, such as 0.1"
             )
-        teaches = METHODS[self.method.name].teacher_decay(self.method, 0) is not None
+        teaches = issubclass(method, Teachers)
         if teaches and self.train.ema_decay:
             raise ValueError(
                 f"train.ema_decay = {self.train.ema_decay}: {self.method.name} keeps moving averages of its own; "
@@ -346,9 +357,9 @@ class RunConfig(_Section):
             )
         if self.deployed == "ema" and not (teaches or self.train.ema_decay):
             raise ValueError("report.deployed = 'ema': there are no moving averages; expected train.ema_decay")
-        if self.deployed == "leader" and METHODS[self.method.name].deployed != "leader":
+        if self.deployed == "leader" and method.deployed != "leader":
             raise ValueError(f"report.deployed = 'leader': {self.method.name} has none; expected first, best or mean")
-        in_turn = len(METHODS[self.method.name].turns(self.method, len(names))) > 1
+        in_turn = len(turns_of(method, self.method, len(names))) > 1
         if in_turn and self.precision.amp == "fp16":
             raise ValueError(
                 "precision.amp = fp16: peers that are updated in turn (method.order = sequential) would scale their "

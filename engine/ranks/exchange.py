@@ -41,7 +41,7 @@ class Exchange:
             mode: `detached`: the other peers' signals are constants. `differentiable`: the gradients that other ranks
                 have for this rank's signals come back in the backward pass. `none`: the others' signals stay empty.
             private: names of signals that are not sent.
-            everywhere: names of signals that are wanted for the rows of all replicas too, see `Method.everywhere`.
+            everywhere: names of signals that are wanted for the rows of all replicas too, see `AllRows.everywhere`.
             rows: the targets and ids of the N rows, int64 [N] each, which go with signals that are wanted everywhere.
             wire: the format under way, if it is not the run's.
 

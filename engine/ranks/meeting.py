@@ -77,7 +77,7 @@ class Meeting:
     Args:
         config: of the run; `placement.meeting` is the folder, which need not be there yet.
         placement: of one peer.
-        shapes: what the method says that peers show, `Method.shown_apart`.
+        shapes: what the method says that peers show, `MeetsAsJobs.shown`.
         device: where the others' tensors come to lie.
     """
 
@@ -109,7 +109,7 @@ class Meeting:
     def __call__(
         self, own: Mapping[int, Signals], *, step: int, wire: torch.dtype = torch.float32
     ) -> Sequence[Signals]:
-        """As `losses.contract.Exchange`; a peer of which nothing new has come is {}.
+        """As `losses.capabilities.ExchangeAfterStep`; a peer of which nothing new has come is {}.
 
         Args:
             own: of this job's peer.

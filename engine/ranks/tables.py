@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data_pipelines.order import part
 
 
-class Table(nn.Module):
+class WholeTable(nn.Module):
     """All rows on every rank.
 
     Args:
@@ -36,12 +36,12 @@ class Table(nn.Module):
         return range(self.size)
 
     def read(self, ids: Tensor) -> Tensor:
-        """See `losses.contract.Table`."""
+        """See `losses.capabilities.Table`."""
         # index_select: faster than indexing on a CPU, and the same on a GPU.
         return self.rows.index_select(0, ids.flatten()).float().view(*ids.shape, self.rows.shape[1])
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
-        """See `losses.contract.Table`."""
+        """See `losses.capabilities.Table`."""
         self.rows.index_copy_(0, ids, rows.to(self.rows.dtype))
 
 
@@ -70,7 +70,7 @@ class ShardedTable(nn.Module):
         self.register_buffer("_ends", ends, persistent=False)
 
     def read(self, ids: Tensor) -> Tensor:
-        """See `losses.contract.Table`."""
+        """See `losses.capabilities.Table`."""
         owners = torch.searchsorted(self._ends, ids.flatten(), right=True)
         order = owners.argsort(stable=True)
         asked = torch.bincount(owners, minlength=len(self._ends))
@@ -87,7 +87,7 @@ class ShardedTable(nn.Module):
         return found.float().view(*ids.shape, found.shape[1])
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
-        """See `losses.contract.Table`."""
+        """See `losses.capabilities.Table`."""
         mine = (ids >= self.mine.start) & (ids < self.mine.stop)
         self.rows.index_copy_(0, ids[mine] - self.mine.start, rows[mine].to(self.rows.dtype))
 
@@ -100,15 +100,15 @@ def make_table(
     initial: Callable[[Tensor], Tensor],
     *,
     sharded: bool = False,
-    apart: bool = False,
-) -> Table | ShardedTable:
-    """See `losses.contract.MakeTable`."""
+    differs_by_rank: bool = False,
+) -> WholeTable | ShardedTable:
+    """See `losses.capabilities.MakeTable`."""
     mine = part(size, dist.get_rank(), dist.get_world_size()) if sharded else range(size)
     rows = torch.empty(len(mine), width, dtype=dtype, device=device)
-    first = dist.get_rank() * size if apart else 0
+    first = dist.get_rank() * size if differs_by_rank else 0
     for ids in torch.arange(mine.start, mine.stop, device=device).split(1 << 16):
         rows[ids - mine.start] = initial(ids + first).to(dtype)
-    return ShardedTable(size, rows) if sharded else Table(rows)
+    return ShardedTable(size, rows) if sharded else WholeTable(rows)
 
 
 # -- in checkpoints ---------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def _cut(rows: Tensor, wanted: range, held: range) -> Tensor:
     return rows[wanted.start - held.start : wanted.stop - held.start] if wanted else rows[:0]
 
 
-def _tables(module: nn.Module) -> Iterator[tuple[str, Table | ShardedTable]]:
+def _tables(module: nn.Module) -> Iterator[tuple[str, WholeTable | ShardedTable]]:
     for name, inner in module.named_modules():
-        if isinstance(inner, Table | ShardedTable):
+        if isinstance(inner, WholeTable | ShardedTable):
             yield name, inner

@@ -15,6 +15,7 @@ from data_pipelines import Pipeline
 from engine.cohort.cohort import Cohort
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
+from losses.capabilities import HeldOutSurveys
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,17 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
     return values
 
 
-def survey(cohort: Cohort, pipeline: Pipeline) -> Tensor:
-    """The mean over the held-out images of what the method takes from each (`Method.survey`), on every rank the same.
+def survey(cohort: Cohort, pipeline: Pipeline) -> bool:
+    """Before an epoch: shows the held-out images to a method that looks at some, see `HeldOutSurveys`.
 
-    float64, so that the order of the sum does not show.
+    It gets the mean over them, on every rank the same; float64, so that the order of the sum does not show.
+
+    Returns:
+        Whether it does.
     """
+    method = cohort.method
+    if not isinstance(method, HeldOutSurveys) or not method.held_out(cohort.config.method):
+        return False
     cohort.average_buffers()
     placement, networks = cohort.placement, cohort.networks()
     total = torch.zeros(placement.num_peers**2 + 1, dtype=torch.float64, device=cohort.device)
@@ -165,13 +172,14 @@ def survey(cohort: Cohort, pipeline: Pipeline) -> Tensor:
         for rows in pipeline.held_out(placement.replica, placement.replicas, cohort.config.evaluation.batch):
             with torch.autocast(cohort.device.type, dtype=cohort.autocast, enabled=cohort.autocast is not None):
                 own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
-            total[:-1] += cohort.method.survey(cohort.exchange(own, wire=torch.float32), rows.targets).flatten()
+            total[:-1] += method.survey(cohort.exchange(own, wire=torch.float32), rows.targets).flatten()
             total[-1] += len(rows.targets)
     for network in networks.values():
         network.train()
     # All groups of peers have the same sums; over the world they come out the same bits everywhere.
     dist.all_reduce(total)
-    return (total[:-1] / total[-1]).view(placement.num_peers, placement.num_peers)
+    method.begin_epoch((total[:-1] / total[-1]).view(placement.num_peers, placement.num_peers))
+    return True
 
 
 def _count(logits: Tensor, targets: Tensor, right: Tensor, loss: Tensor) -> None:

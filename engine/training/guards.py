@@ -35,7 +35,7 @@ def check_same_weights(cohort: Cohort, step: int) -> None:
         RanksDisagreeError: on every rank of the group that disagrees.
     """
     for resident in cohort.residents.values():
-        if not _equal(_checksum(resident.peer, resident.apart), cohort.replica_group):
+        if not _equal(_checksum(resident.peer, resident.unsynchronised), cohort.replica_group):
             raise RanksDisagreeError(f"step {step}: replicas of {resident.name} hold different weights")
     if cohort.shared_optimizer is not None and not _equal(_checksum(cohort.shared), dist.group.WORLD):
         raise RanksDisagreeError(f"step {step}: the modules that all peers share differ between ranks")

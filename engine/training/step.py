@@ -14,7 +14,8 @@ from engine.cohort.cohort import Cohort
 from engine.cohort.functional import outer_gradients
 from engine.cohort.optim import gradient_norm, unscale, update
 from engine.training.timing import Clock
-from losses import AfterStep, Progress, Signals, Terms
+from losses import Progress, Signals, Terms
+from losses.capabilities import ActsAfterStep, AfterStep
 
 
 class Outcome(NamedTuple):
@@ -57,18 +58,17 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
 
     cohort.restore_buffers(skipped)
     cohort.scaler.update()
-    cohort.method.after_step(
-        AfterStep(
-            residents={k: r.peer for k, r in cohort.residents.items()},
-            exchange=cohort.exchange_after(progress.step),
-            average_buffers=cohort.average_buffers,
-            everywhere=everywhere,
-            skipped=skipped,
-            images=batches[-1].images,
-            targets=batches[-1].targets,
-            progress=progress,
+    if isinstance(cohort.method, ActsAfterStep):
+        cohort.method.after_step(
+            AfterStep(
+                residents={k: r.peer for k, r in cohort.residents.items()},
+                exchange=cohort.exchange_after(progress.step),
+                average_buffers=cohort.average_buffers,
+                everywhere=everywhere,
+                skipped=skipped,
+                progress=progress,
+            )
         )
-    )
     if cohort.outer_optimizers() and outer_gradients(cohort, batches[-1], progress):
         _outer_update(cohort)
     cohort.update_averages(progress.step)

@@ -12,6 +12,7 @@ from engine.config.loading import validate
 from engine.ranks.exchange import NUMBERS_OF_A_ROW
 from engine.ranks.placement import plan
 from losses import Progress
+from losses.capabilities import AllRows
 
 
 def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int = 128, **options: Any) -> int:
@@ -46,6 +47,6 @@ def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int =
         signals = cohort.forward(batch, Progress(0, 1000, 1), 0, [0])[0]
     assert all(len(x) == 2 for x in signals.values())
     numbers = sum(x.numel() for name, x in signals.items() if name not in cohort.private)
-    if cohort.method.everywhere:
+    if isinstance(cohort.method, AllRows) and cohort.method.everywhere:
         numbers += 2 * NUMBERS_OF_A_ROW
     return numbers // 2 * rows * 4

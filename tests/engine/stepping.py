@@ -15,7 +15,7 @@ from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
 from engine.config.loading import validate
 from engine.ranks.placement import plan
-from engine.ranks.tables import ShardedTable, Table
+from engine.ranks.tables import ShardedTable, WholeTable
 from engine.training.step import Outcome, train_step
 from engine.training.timing import Clock
 from losses import METHODS, Method, Progress
@@ -74,7 +74,7 @@ def cohort_in_double(config: RunConfig) -> Cohort:
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         optimizer.param_groups[0]["fused"] = False
     for table in cohort.method.modules():
-        if isinstance(table, Table | ShardedTable):
+        if isinstance(table, WholeTable | ShardedTable):
             table.rows = table.rows.double()
     return cohort
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from losses import METHODS, AfterStep, Method, Progress, Signals
+from losses import METHODS, Method, Progress, Signals
+from losses.capabilities import AfterStep
 from tests.losses.peers import peers as alike
 from tests.losses.test_dml import expected_ce, kl, log_softmax
 
@@ -101,8 +102,6 @@ def after(method: Method, step: int, peer: nn.Module, others: Mapping[int, nn.Mo
             average_buffers=lambda: None,
             everywhere=[],
             skipped=torch.zeros(1),
-            images=torch.empty(0),
-            targets=torch.empty(0),
             progress=at(step),
         )
     )

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from losses import METHODS, Progress
+from losses.capabilities import turns_of
 from tests.losses.peers import peers as alike
 
 PROGRESS = Progress(step=3, steps_per_epoch=10, epochs=2)
@@ -37,4 +38,4 @@ def test_nothing_is_exchanged_and_one_peer_is_enough() -> None:
     cls = METHODS["independent"]
     assert cls.exchange == "none"
     cls.check(cls.Options(name="independent"), 1)
-    assert [list(turn) for turn in cls.turns(cls.Options(name="independent"), 3)] == [[0, 1, 2]]
+    assert [list(turn) for turn in turns_of(cls, cls.Options(name="independent"), 3)] == [[0, 1, 2]]

@@ -17,7 +17,8 @@ from torch.func import functional_call
 
 import models
 from engine.ranks.tables import make_table
-from losses import OuterStep, PeerInfo, Progress, Terms
+from losses import PeerInfo, Progress, Terms
+from losses.capabilities import OuterStep
 from losses.lmcl import LMCL, Exits, LMCLOptions, hypergradient
 from losses.mcl import MCL, MCLOptions
 from models import heads

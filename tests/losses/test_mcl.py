@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.ranks.tables import make_table
-from losses import METHODS, AfterStep, Progress, Terms
+from losses import METHODS, Progress, Terms
+from losses.capabilities import AfterStep
 from losses.mcl import MCL, MCLOptions
 from tests.losses.contrastive import (
     FromBatch,
@@ -143,7 +144,7 @@ def test_banks_follow_the_embeddings_of_all_rows_of_a_step() -> None:
 
     def after(skipped: float) -> AfterStep:
         nothing: Any = None
-        return AfterStep({}, nothing, nothing, seen, torch.tensor([skipped]), nothing, nothing, PROGRESS)
+        return AfterStep({}, nothing, nothing, seen, torch.tensor([skipped]), PROGRESS)
 
     method.after_step(after(1.0))
     assert all(torch.equal(bank.rows, old) for bank, old in zip(method.memory.banks, before, strict=True))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
+from losses.capabilities import SharedTrunk, StageTaps
 from models.stages import plain_state
 from tests.engine.stepping import cohort_of, config_of, do_steps
 from tests.runs import assert_same_weights
@@ -22,7 +23,7 @@ class GatedOptions(MethodOptions):
     name: Literal["gated"] = "gated"
 
 
-class Gated(Method):
+class Gated(SharedTrunk, Method):
     """In the manner of ONE: a gate on the trunk's map mixes the branches' logits into their teacher, and learns."""
 
     name = "gated"
@@ -75,7 +76,7 @@ class Branched(Gated):
         return terms
 
 
-class Deep(Method):
+class Deep(StageTaps, Method):
     """In the manner of DCM: an auxiliary classifier after stage 1 teaches the other peers, and learns from them."""
 
     name = "deep"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from engine.cohort.randomness import Streams
 from engine.config import RunConfig
-from losses import AfterStep, Method, MethodOptions, PeerInfo, Progress, Signals, Terms
+from losses import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
+from losses.capabilities import ActsAfterStep, AfterStep
 from losses.functional import cross_entropy
 from tests.engine.stepping import CPU, cohort_of, config_of, do_steps, joined, state, train_states
 from tests.runs import assert_same_weights
@@ -232,7 +233,7 @@ def test_without_them_the_numbers_would_be_others() -> None:
 # -- after the step ---------------------------------------------------------------------------------------------------
 
 
-class Communicate(Method):
+class Communicate(ActsAfterStep, Method):
     """Every second step each peer moves half-way to the mean of all peers' parameters. No signal is exchanged."""
 
     name = "communicate"

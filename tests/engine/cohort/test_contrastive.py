@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
-from engine.ranks.tables import ShardedTable, Table
+from engine.ranks.tables import ShardedTable, WholeTable
 from engine.training.step import train_step
 from engine.training.timing import Clock
 from losses import Progress
@@ -71,7 +71,7 @@ def a_config(form: str, peers: Any, placement: dict[str, Any], **options: Any) -
 
 def banks(cohort: Cohort) -> dict[str, Tensor]:
     """All rows of all tables, as this rank reads them; every rank must call it."""
-    tables = [(n, m) for n, m in cohort.method.named_modules() if isinstance(m, Table | ShardedTable)]
+    tables = [(n, m) for n, m in cohort.method.named_modules() if isinstance(m, WholeTable | ShardedTable)]
     return {f"method/{name}.rows": table.read(torch.arange(table.size)) for name, table in tables}
 
 

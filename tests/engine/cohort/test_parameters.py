@@ -21,7 +21,8 @@ from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.safety import checkpoint, loading
 from engine.training.step import train_step
-from losses import METHODS, AfterStep, PeerInfo, Progress
+from losses import METHODS, PeerInfo, Progress
+from losses.capabilities import AfterStep
 from tests.engine.ranks.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
 from tests.engine.stepping import (
     CLASSES,
@@ -237,8 +238,6 @@ def sent_at_imagenet_size() -> list[list[int]]:
             average_buffers=lambda: None,
             everywhere=[],
             skipped=torch.zeros(1),
-            images=torch.empty(0),
-            targets=torch.empty(0),
             progress=Progress(0, 10, 1),
         )
         made.after_step(after)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipelines.order import part
-from engine.ranks.tables import ShardedTable, Table, load_parts, make_table, parts
+from engine.ranks.tables import ShardedTable, WholeTable, load_parts, make_table, parts
 from tests.engine.ranks.test_exchange import Call, Recorder
 from tests.engine.stepping import CPU
 from tests.worlds import run_world
@@ -25,7 +25,7 @@ def initial(ids: Tensor) -> Tensor:
     return torch.stack([ids * 10.0 + place for place in range(WIDTH)], 1)
 
 
-def a_table(sharded: bool, dtype: torch.dtype = torch.float32, size: int = SIZE) -> Table | ShardedTable:
+def a_table(sharded: bool, dtype: torch.dtype = torch.float32, size: int = SIZE) -> WholeTable | ShardedTable:
     return make_table(CPU, size, WIDTH, dtype, initial, sharded=sharded)
 
 
@@ -43,7 +43,7 @@ def ids_of(rank: int) -> list[Tensor]:
 def reads_and_writes(dtype: torch.dtype) -> bool:
     sharded, whole = a_table(True, dtype), a_table(False, dtype)
     assert isinstance(sharded, ShardedTable)
-    assert isinstance(whole, Table)
+    assert isinstance(whole, WholeTable)
     rank, world = dist.get_rank(), dist.get_world_size()
     assert torch.equal(sharded.rows, whole.rows[list(part(SIZE, rank, world))])
     assert torch.equal(whole.rows, initial(torch.arange(SIZE)).to(dtype))
