@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -25,6 +27,7 @@ from engine.ranks.placement import Placement
 from losses import METHODS, Method
 from losses.capabilities import OuterProblem, OwnWeightDecay, SharedTrunk, Teachers, Unsynchronised, turns_of
 from models.stages import Joined, Taps, cut
+from models.weightless import weightless
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -148,14 +151,12 @@ class Builder:
 
     def _network(self, index: int, pretrained: bool | str = False) -> nn.Module:
         peer = self._config.cohort[index][1]
-        with self._streams.initial_network(index):
+        on_meta = self._streams.device.type == "meta"
+        with self._streams.initial_network(index), weightless(peer.network) if on_meta else contextlib.nullcontext():
             network = models.create(
-                peer.network, self._num_classes, self._channels, pretrained=pretrained, **peer.options
+                peer.network, self._num_classes, self._channels, pretrained=pretrained and not on_meta, **peer.options
             )
-        network = self._placed(network)
-        if self._config.train.sync_bn:
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network, self._replica_group)
-        return network
+        return self._placed(network)
 
     def _copy(self, index: int) -> nn.Module:
         network = self._network(index)
@@ -182,11 +183,15 @@ class Builder:
         return ModelEmaV3(whole, decay=decay) if decay else None
 
     def _placed(self, module: _M) -> _M:
-        return module.to(self._streams.device, memory_format=self._memory_format)  # type: ignore[call-overload]
+        module = module.to(self._streams.device, memory_format=self._memory_format)  # type: ignore[call-overload]
+        if self._config.train.sync_bn and self._streams.device.type == "cuda":
+            # timm's own: torch's would drop the activation that is part of many of timm's normalisation layers.
+            module = convert_sync_batchnorm(module, self._replica_group)
+        return module
 
     def _averaged(self, module: nn.Module, group: dist.ProcessGroup | None, ignored: Sequence[str] = ()) -> nn.Module:
         assert group is not None
-        if group.size() == 1:
+        if group.size() == 1 or self._streams.device.type == "meta":
             return module
         # Of DDP's own making, and the only way to have it leave parameters alone.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)

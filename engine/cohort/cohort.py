@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data_pipelines import Batch, Pipeline
 from engine.cohort.buffers import Remembered, average, floats
 from engine.cohort.building import Builder
+from engine.cohort.precision import AUTOCAST, autocast
 from engine.cohort.randomness import Streams
 from engine.cohort.teacher import Teacher
 from engine.config import ConfigError, RunConfig
@@ -26,8 +27,6 @@ from engine.ranks.placement import Placement
 from engine.ranks.tables import make_table
 from losses import Progress, Signals, Terms
 from losses.capabilities import AllRows, LooksAtImages, MeetsAsJobs, Tables, Teachers, turns_of
-
-_AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Cohort:
@@ -51,7 +50,7 @@ class Cohort:
         wire = torch.bfloat16 if config.placement.exchange_dtype == "bf16" else torch.float32
         self.exchange = Exchange(placement, mesh.get_group("peer"), wire)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision.amp == "fp16")
-        self.autocast = _AUTOCAST[config.precision.amp]
+        self.autocast = AUTOCAST[config.precision.amp]
         self.streams = Streams(config.seed, placement.num_peers, placement.replica, device)
 
         sizes = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
@@ -144,7 +143,7 @@ class Cohort:
         step = progress.step
         views = {k: images for k, images in self.views_of(batch).items() if k in peers}
         signals: dict[int, Signals] = {}
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        with autocast(self.device, self.autocast):
             below = self.trunk(views, partial(self._before_trunk, step, micro)) if self.trunk else {}
             for k, images in views.items():
                 resident = self.residents[k]

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
+from engine.cohort.precision import autocast
 from losses import Progress, Signals
 from losses.capabilities import OuterProblem, OuterStep
 from losses.functional import flat
@@ -28,7 +29,7 @@ def outer_gradients(cohort: Cohort, batch: Batch, progress: Progress) -> bool:
     groups = {k: r.optimizer.param_groups for k, r in cohort.residents.items()}
     decay = {k: {id(p): group["weight_decay"] for group in own for p in group["params"]} for k, own in groups.items()}
     named = {k: dict(r.peer.named_parameters()) for k, r in cohort.residents.items()}
-    # torch.compile has no second derivative; float16 would need a scale of its own.
+    # torch.compile has no second derivative.
     with torch.compiler.set_stance("force_eager"):
         found = method.outer_step(
             OuterStep(
@@ -59,7 +60,8 @@ def _show(
     """The signals of all K peers as a function of the residents' parameters, see `OuterStep.show`."""
     own: dict[int, Signals] = {}
     views = cohort.views_of(batch)
-    with torch.autocast(cohort.device.type, torch.bfloat16, enabled=cohort.autocast is torch.bfloat16):
+    # float16 would need a scale of its own.
+    with autocast(cohort.device, torch.bfloat16 if cohort.autocast is torch.bfloat16 else None):
         for k, resident in cohort.residents.items():
             cohort.streams.before_peer(k, progress.step, 0)
             buffers = {name: b.clone() for name, b in resident.peer.named_buffers()}

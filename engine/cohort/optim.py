@@ -51,8 +51,10 @@ def _options(name: str) -> list[str]:
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser of what of one peer is not frozen, fused into one kernel where PyTorch can."""
     options: dict[str, Any] = dict(config.options)
-    if "fused" in inspect.signature(timm.optim.get_optimizer_class(config.name, bind_defaults=False)).parameters:
-        options["fused"] = True
+    fusible = "fused" in inspect.signature(timm.optim.get_optimizer_class(config.name, bind_defaults=False)).parameters
+    on_meta = any(p.is_meta for p in module.parameters())
+    if fusible:
+        options |= {"foreach": True} if on_meta else {"fused": True}
     optimizer = timm.optim.create_optimizer_v2(
         module,
         opt=config.name,
@@ -69,6 +71,9 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         for group in optimizer.param_groups:
             for p in group["params"] if group["momentum"] else ():
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    if fusible and on_meta:
+        # Where there are no numbers, one that ignores the flag stands in for the kernel that takes it on the device.
+        optimizer._step_supports_amp_scaling = True
     return optimizer
 
 
@@ -130,9 +135,12 @@ def update(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.Gra
 
     Fused optimisers read the flag on the device. For the others the host has to wait for it.
     """
-    if scaler.is_enabled():
+    on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if on_device and skip.is_meta:
+        optimizer.step()
+    elif scaler.is_enabled():
         scaler.step(optimizer)
-    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+    elif on_device:
         optimizer.found_inf = skip.reshape(())  # type: ignore[attr-defined]
         optimizer.step()
     elif not skip.item():

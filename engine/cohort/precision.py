@@ -1,10 +1,19 @@
-"""How this process computes: kernels, TF32, the compiler's limits."""
+"""How this process computes: kernels, TF32, the compiler's limits, and the number format of the networks."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from engine.config import RunConfig
+
+AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What networks compute in, by `precision.amp`; None is as their weights are."""
 
 
 def set_precision(config: RunConfig, device: torch.device) -> None:
@@ -16,3 +25,43 @@ def set_precision(config: RunConfig, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = config.precision.tf32
         torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Networks compute in a shorter number format within; `dtype` None leaves them as they are."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    # Tensors without numbers have no autocast of their own, and must take as much room as real ones.
+    return _CastOnMeta(dtype) if device.type == "meta" else torch.autocast(device.type, dtype=dtype)
+
+
+_CAST = {
+    torch.conv2d,
+    torch.nn.functional.linear,
+    torch.nn.functional.scaled_dot_product_attention,
+    torch.matmul,
+    torch.bmm,
+    torch.einsum,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.bmm,
+}
+
+
+class _CastOnMeta(TorchFunctionMode):
+    """Does what autocast does to convolutions and products of matrices, which is where activations get their format."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if function in _CAST:
+            args = torch.utils._pytree.tree_map(self._cast, tuple(args))
+            kwargs = torch.utils._pytree.tree_map(self._cast, kwargs or {})
+        return function(*args, **(kwargs or {}))
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self._dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -101,6 +101,17 @@ def record_flights(folder: Path) -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "20000")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.absolute() / "rank_"))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+GatherObjects = Callable[[Any, dist.ProcessGroup], list[Any]]
+"""An object of every rank of a group -> all of them, in the order of ranks."""
+
+
+def gather_objects(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    """What every rank of the group has, on all of them; slow, and the host waits."""
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, mine, group=group)
+    return found
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

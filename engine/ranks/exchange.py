@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.ranks.collectives import all_gather, all_gather_with_gradient
+from engine.ranks.collectives import GatherObjects, all_gather, all_gather_with_gradient, gather_objects
 from engine.ranks.placement import Placement
 from losses import Signals
 
@@ -19,8 +19,15 @@ _Shapes = list[tuple[str, tuple[int, ...]]]
 class Exchange:
     """Shows the signals of this rank's peers to the ranks that hold the others, and theirs to this rank."""
 
-    def __init__(self, placement: Placement, group: dist.ProcessGroup, wire: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        group: dist.ProcessGroup,
+        wire: torch.dtype = torch.float32,
+    ) -> None:
         self._placement, self.group, self._wire = placement, group, wire
+        self.gather_objects: GatherObjects = gather_objects
+        """How ranks tell each other the shapes of what they show, once for each set of shapes."""
         self._layouts: dict[tuple[_Key, ...], list[list[_Shapes]]] = {}
 
     def __call__(
@@ -97,9 +104,7 @@ class Exchange:
         mine = [[(name, tuple(x.shape)) for name, x in own[k].items()] for k in self._placement.residents]
         key = tuple(tuple(shapes) for shapes in mine)
         if key not in self._layouts:
-            layout: list[list[_Shapes]] = [[] for _ in range(self._placement.groups)]
-            dist.all_gather_object(layout, mine, group=self.group)
-            self._layouts[key] = layout
+            self._layouts[key] = self.gather_objects(mine, self.group)
         return self._layouts[key]
 
 

@@ -71,7 +71,12 @@ class Placement:
         return slice(self.replica * share, (self.replica + 1) * share)
 
     def mesh(self, device_type: str) -> DeviceMesh:
-        """Dimension `peer` is the exchange group of this rank, dimension `replica` its replica group."""
+        """Dimension `peer` is the exchange group of this rank, dimension `replica` its replica group.
+
+        Args:
+            device_type: of the tensors that are sent; those of `meta` are sent like the CPU's.
+        """
+        device_type = "cpu" if device_type == "meta" else device_type
         return init_device_mesh(device_type, (self.groups, self.replicas), mesh_dim_names=("peer", "replica"))
 
     def __str__(self) -> str:

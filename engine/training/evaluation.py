@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data_pipelines import Pipeline
 from engine.cohort.cohort import Cohort
+from engine.cohort.precision import autocast
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
 from losses.capabilities import HeldOutSurveys
@@ -54,7 +55,7 @@ def evaluate(
     *,
     batch: int,
     device: torch.device,
-    autocast: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Scores:
     """Scores the peers of this job; every rank calls it with its residents' networks and gets the same result.
 
@@ -76,7 +77,7 @@ def evaluate(
         network.eval()
     with torch.inference_mode():
         for rows in pipeline.evaluate(placement.replica, placement.replicas, batch):
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            with autocast(device, dtype):
                 own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
             signals = exchange(own)
             logits = torch.stack([signals[k]["logits"] for k in placement.peers])
@@ -142,7 +143,7 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
             pipeline,
             batch=cohort.config.evaluation.batch,
             device=cohort.device,
-            autocast=cohort.autocast,
+            dtype=cohort.autocast,
         )
         named = {**dict(zip(names, scores.peers, strict=True)), "ensemble": scores.ensemble}
         for name, score in named.items():
@@ -170,7 +171,7 @@ def survey(cohort: Cohort, pipeline: Pipeline) -> bool:
         network.eval()
     with torch.no_grad():
         for rows in pipeline.held_out(placement.replica, placement.replicas, cohort.config.evaluation.batch):
-            with torch.autocast(cohort.device.type, dtype=cohort.autocast, enabled=cohort.autocast is not None):
+            with autocast(cohort.device, cohort.autocast):
                 own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
             total[:-1] += method.survey(cohort.exchange(own, wire=torch.float32), rows.targets).flatten()
             total[-1] += len(rows.targets)
