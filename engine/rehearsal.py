@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
+from engine.cohort.optim import fusible
 from engine.config import RunConfig
 from engine.ranks.placement import Placement
 from engine.ranks.tables import ShardedTable, WholeTable, make_table
@@ -196,7 +197,17 @@ def _step(cohort: Cohort, config: RunConfig, placement: Placement, steps: Sequen
         total=sum(standing.values()) + watch.peak(lambda key, phase: True),
     )
     _check_optimizers(cohort)
-    return Rehearsal(memory, watch.operations, tuple(dict.fromkeys(watch.waits)))
+    return Rehearsal(memory, watch.operations, tuple(dict.fromkeys([*watch.waits, *_known_waits(cohort)])))
+
+
+def _known_waits(cohort: Cohort) -> Iterator[str]:
+    """Where the host waits and a rehearsal takes another way."""
+    if not fusible(cohort.config.optimizer.name):
+        yield f"optimizer.name = {cohort.config.optimizer.name}: is not fused, so each update waits for its flag"
+    if any(isinstance(module, ShardedTable) for module in cohort.method.modules()):
+        yield "method.bank_sharded = True: each reading of a bank waits for the number of rows that each rank wants"
+    if any(isinstance(module, nn.SyncBatchNorm) for peer in _modules(cohort) for module in peer.modules()):
+        yield "train.sync_bn = True: each layer waits for the number of rows of each rank"
 
 
 def _modules(cohort: Cohort) -> list[nn.Module]:
@@ -277,7 +288,7 @@ class _Watch(TorchDispatchMode):
 
 
 class _Handed(TorchFunctionMode):
-    """Sees numbers of the host that are made into tensors of the device: on a GPU the host waits until they are there."""
+    """Sees numbers of the host that are made into tensors of the device, which make the host wait on a GPU."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()

@@ -26,9 +26,8 @@ def philox(counter: Sequence[Tensor | int], key: Sequence[int]) -> tuple[Tensor,
     Returns:
         Four int64 tensors in 0 .. 2^32 - 1 of the counters' common shape.
     """
-    tensors = [x for x in counter if isinstance(x, Tensor)]
-    device = tensors[0].device if tensors else None
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(x, device=device) for x in counter))
+    # Numbers stay numbers until they meet a tensor: made into one, they would have to be sent to its device.
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         # The product wraps around in int64; its bits are the right ones, and the mask takes away the sign's copies.
@@ -36,7 +35,8 @@ def philox(counter: Sequence[Tensor | int], key: Sequence[int]) -> tuple[Tensor,
         c0, c2 = (right >> 32 & _LOW) ^ c1 ^ k0, (left >> 32 & _LOW) ^ c3 ^ k1
         c1, c3 = right & _LOW, left & _LOW
         k0, k1 = k0 + _WEYL[0] & _LOW, k1 + _WEYL[1] & _LOW
-    return c0, c1, c2, c3
+    found = torch.broadcast_tensors(*(torch.as_tensor(x) for x in (c0, c1, c2, c3)))
+    return found[0], found[1], found[2], found[3]
 
 
 def words(key: Sequence[int], stream: int, step: int, ids: Tensor, count: int) -> Tensor:

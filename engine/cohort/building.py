@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -180,7 +181,14 @@ class Builder:
         if isinstance(method, Teachers):
             return Teacher(whole, compiled=self._config.precision.compile)
         decay = self._config.train.ema_decay
-        return ModelEmaV3(whole, decay=decay) if decay else None
+        if not decay:
+            return None
+        if self._streams.device.type != "meta":
+            return ModelEmaV3(whole, decay=decay)
+        # timm's asks the device for a generator, which meta does not have.
+        average = ModelEmaV3(nn.Linear(1, 1), decay=decay)
+        average.module = copy.deepcopy(whole).requires_grad_(False).eval()
+        return average
 
     def _placed(self, module: _M) -> _M:
         module = module.to(self._streams.device, memory_format=self._memory_format)  # type: ignore[call-overload]

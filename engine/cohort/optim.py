@@ -48,13 +48,18 @@ def _options(name: str) -> list[str]:
     return sorted({*parameters, "layer_decay"} - ours)
 
 
+def fusible(name: str) -> bool:
+    """Whether PyTorch has one of timm's optimisers as one kernel, which also reads on the device whether to skip. For
+    another the host has to wait for that in every update."""
+    return "fused" in inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
+
+
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser of what of one peer is not frozen, fused into one kernel where PyTorch can."""
     options: dict[str, Any] = dict(config.options)
-    fusible = "fused" in inspect.signature(timm.optim.get_optimizer_class(config.name, bind_defaults=False)).parameters
-    on_meta = any(p.is_meta for p in module.parameters())
-    if fusible:
-        options |= {"foreach": True} if on_meta else {"fused": True}
+    if fusible(config.name):
+        # Without numbers there are no fused kernels; those that stand in for them take no flag.
+        options["foreach" if any(p.is_meta for p in module.parameters()) else "fused"] = True
     optimizer = timm.optim.create_optimizer_v2(
         module,
         opt=config.name,
@@ -71,9 +76,6 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         for group in optimizer.param_groups:
             for p in group["params"] if group["momentum"] else ():
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    if fusible and on_meta:
-        # Where there are no numbers, one that ignores the flag stands in for the kernel that takes it on the device.
-        optimizer._step_supports_amp_scaling = True
     return optimizer
 
 
@@ -135,12 +137,11 @@ def update(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.Gra
 
     Fused optimisers read the flag on the device. For the others the host has to wait for it.
     """
-    on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if on_device and skip.is_meta:
+    if skip.is_meta:
         optimizer.step()
     elif scaler.is_enabled():
         scaler.step(optimizer)
-    elif on_device:
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = skip.reshape(())  # type: ignore[attr-defined]
         optimizer.step()
     elif not skip.item():

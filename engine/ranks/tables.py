@@ -73,10 +73,7 @@ class ShardedTable(nn.Module):
         """See `losses.capabilities.Table`."""
         owners = torch.searchsorted(self._ends, ids.flatten(), right=True)
         order = owners.argsort(stable=True)
-        asked = torch.bincount(owners, minlength=len(self._ends))
-        wanted = torch.empty_like(asked)
-        dist.all_to_all_single(wanted, asked)
-        out, back = asked.tolist(), wanted.tolist()
+        out, back = self._counts(owners)
         requests = ids.new_empty(sum(back))
         dist.all_to_all_single(requests, ids.flatten()[order], back, out)
         answers = self.rows.index_select(0, requests - self.mine.start)
@@ -88,8 +85,26 @@ class ShardedTable(nn.Module):
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
         """See `losses.capabilities.Table`."""
-        mine = (ids >= self.mine.start) & (ids < self.mine.stop)
-        self.rows.index_copy_(0, ids[mine] - self.mine.start, rows[mine].to(self.rows.dtype))
+        if not self.mine:
+            return
+        # Picking out this rank's rows would make the host wait for their number. The others go to its first row, with
+        # what is to stand there in any case.
+        place = ids - self.mine.start
+        inside = (place >= 0) & (place < len(self.mine))
+        first = inside & (place == 0)
+        rows = rows.to(self.rows.dtype)
+        stays = torch.where(first.any(), torch.where(first.unsqueeze(1), rows, 0).sum(0), self.rows[0])
+        self.rows.index_copy_(0, torch.where(inside, place, 0), torch.where(inside.unsqueeze(1), rows, stays))
+
+    def _counts(self, owners: Tensor) -> tuple[list[int], list[int]]:
+        """How many rows this rank asks each rank for, and each asks it for; the host waits for these."""
+        ranks = len(self._ends)
+        if owners.is_meta:  # As if all were asked for as many.
+            return (even := [len(part(owners.numel(), rank, ranks)) for rank in range(ranks)]), even
+        asked = torch.bincount(owners, minlength=ranks)
+        wanted = torch.empty_like(asked)
+        dist.all_to_all_single(wanted, asked)
+        return asked.tolist(), wanted.tolist()
 
 
 def make_table(
