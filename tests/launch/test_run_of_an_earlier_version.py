@@ -12,7 +12,7 @@ import yaml
 from engine.config import ConfigError, RunConfig
 from engine.config.identity import differences, identity, identity_of_cohort, read_identity
 from engine.config.loading import load, load_run
-from engine.preflight import check
+from engine.preflight import check_run
 from engine.ranks.collectives import Launch
 from tests.launch.command import run_command
 from tests.runs import assert_same_weights, small_run, train_here, weights
@@ -89,9 +89,9 @@ def test_it_goes_on_as_if_nothing_had_happened(tiny: Path, run: Path, tmp_path: 
 
 
 def test_what_made_it_another_run_does_so_still(tiny: Path, run: Path) -> None:
-    check(of(tiny, run), LAUNCH)
+    check_run(of(tiny, run), LAUNCH)
     with pytest.raises(ConfigError) as caught:
-        check(of(tiny, run, augmentation={"flip": False}), LAUNCH)
+        check_run(of(tiny, run, augmentation={"flip": False}), LAUNCH)
     assert str(caught.value).startswith(
         f"data.augmentation.flip = False: the run in {run} was started with True; give this one another name= or dir="
     )
