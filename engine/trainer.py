@@ -34,6 +34,7 @@ from engine.safety.rollback import GoBack, Rollback
 from engine.training.evaluation import evaluate_cohort, survey
 from engine.training.guards import check_same_rows, check_same_weights
 from engine.training.meter import Meter, Reading
+from engine.training.precision import set_precision
 from engine.training.step import settle, train_step
 from engine.training.timing import Clock
 from losses import Progress
@@ -63,7 +64,7 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False, preempted: 
     """
     placement = check(config, launch, fresh=fresh)
     device = choose_device(config.device, launch)
-    _set_precision(config, device)
+    set_precision(config, device)
     if device.type == "cuda":
         record_flights(config.folder / "flights")
     preemption = Preemption(device)
@@ -126,16 +127,6 @@ def _move_aside(config: RunConfig) -> None:
         aside = config.folder.with_name(f"{config.folder.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
         config.folder.rename(aside)
         print(f"the earlier run is now in {aside}", file=sys.stderr)
-
-
-def _set_precision(config: RunConfig, device: torch.device) -> None:
-    if config.precision.compile:
-        # The limit counts all modules that are compiled in place, in training and in evaluation.
-        torch._dynamo.config.recompile_limit = 16 * len(config.peers)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = config.precision.tf32
-        torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
 
 
 def _say_nothing(_: str) -> None:

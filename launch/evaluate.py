@@ -21,6 +21,7 @@ from engine.ranks.collectives import Launch, choose_device, start
 from engine.ranks.placement import plan
 from engine.safety import checkpoint
 from engine.training.evaluation import evaluate_cohort
+from engine.training.precision import set_precision
 from launch.entry import parser, user_errors
 from launch.run_folder import open_run
 
@@ -39,6 +40,7 @@ def main() -> None:
         device = choose_device(config.device, launch)
         placement = plan(config, launch.world, launch.rank)
         check_data(config)
+        set_precision(config, device)
         start(launch, device)
         pipeline = open_pipeline(config.data, config.seed, device)
         cohort = Cohort.on(pipeline, config, placement, device)
