@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,11 @@ from engine.ranks.placement import plan
 from engine.safety import checkpoint
 from engine.safety.checkpoint import Saver, Standing
 from engine.training.evaluation import evaluate_cohort
+from engine.training.meter import Meter
+from engine.training.step import train_step
+from engine.training.timing import Clock
 from launch.bench.gpu.disk import make_photos
+from losses import Progress
 from tests.gpu.cases import CASES
 from tests.gpu.steps import CPU, a_cohort, a_config, spread_steps, train, world
 from tests.runs import small_run, train_here, weights
@@ -36,8 +41,10 @@ RESUMED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def spread(environment: dict[str, str], tiny: Path, folder: Path, device: str) -> list[dict[str, Any]]:
-    """What each of two ranks holds after three steps of each case."""
+def spread(environment: dict[str, str], tiny: Path, folder: Path, device: str) -> list[dict[str, Any]] | None:
+    """What each of two ranks holds after three steps of each case; None where NCCL takes no two ranks on one GPU."""
+    if environment and device == "cuda" and torch.cuda.nccl.version() < (2, 30):
+        return None
     return run_ranks(2, spread_steps, {name: CASES[name] for name in SPREAD}, device, environment)
 
 
@@ -121,8 +128,39 @@ def saving(tiny: Path, folder: Path, device: str) -> dict[str, Any]:
     return run_ranks(1, save_beside, folder, device)[0]
 
 
+def pipeline_steps(config: RunConfig, device: str) -> list[float]:
+    """Trains on the images of the pipeline for 40 steps; from step 5 on, across epochs, it is an error if the host
+    waits. Gives the mean cross-entropy of each step."""
+    with world(device) as where:
+        pipeline, placement = open_pipeline(config.data, config.seed, where), plan(config, 1, 0)
+        cohort = Cohort.on(pipeline, config, placement, where)
+        meter, clock, losses = Meter(placement, where), Clock(where), []
+        try:
+            for step in range(40):
+                epoch, within = divmod(step, pipeline.steps_per_epoch)
+                if not within:
+                    batches = pipeline.train(epoch, 0, placement.rows(config.data.global_batch), cohort.views)
+                if step == 5 and where.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("error")
+                progress = Progress(step, pipeline.steps_per_epoch, config.train.epochs)
+                terms, skipped = train_step(cohort, [next(batches)], progress, clock)
+                meter.add(terms, skipped)
+                losses.append(torch.stack([x for (_, name), x in terms.items() if name == "ce"]).mean())
+        finally:
+            if where.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        return [loss.item() for loss in losses]
+
+
+def through_the_pipeline(amp: str, tiny: Path, folder: Path, device: str) -> list[float]:
+    """See `pipeline_steps`."""
+    config = small_run(tiny, folder, precision={"amp": amp}, train={"epochs": 8})
+    return run_ranks(1, pipeline_steps, config, device)[0]
+
+
 def compiled_steps(name: str, device: str) -> dict[str, Any]:
     """Terms of three steps of networks that are compiled and of others that are not."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # several such jobs run beside each other
     with world(device) as where:
         found = {}
         for kind, on in (("eager", False), ("compiled", True)):
@@ -170,6 +208,7 @@ Job = Callable[[Path, Path, str], Any]
 
 JOBS: dict[str, Job] = {
     **{f"compiled {name}": partial(compiled, name) for name in ("dml", "lmcl", "pcl")},
+    **{f"pipeline {amp}": partial(through_the_pipeline, amp) for amp in ("float32", "bf16", "fp16")},
     "two ranks over gloo": partial(spread, {}),
     "two ranks over NCCL": partial(spread, SHARED_NCCL),
     **{f"resumed {name}": partial(resume, name) for name in RESUMED},

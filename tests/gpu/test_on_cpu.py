@@ -13,7 +13,7 @@ from tests.gpu.steps import look_at
 from tests.worlds import run_ranks
 
 
-@pytest.mark.parametrize("case", ["dml_accumulation", "lmcl_memory"])
+@pytest.mark.parametrize("case", ["dml_accumulation", "mcl_memory"])
 def test_a_case(case: str) -> None:
     [found] = run_ranks(1, look_at, CASES[case], "cpu")
     here, cpu = whole(found["device"]), whole(found["cpu"])

@@ -18,19 +18,14 @@ Done = Callable[[str], Any]
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
-def _over(backend: str) -> Any:
-    old = backend == "NCCL" and torch.cuda.device_count() and torch.cuda.nccl.version() < (2, 30)
-    return pytest.param(
-        f"two ranks over {backend}",
-        marks=pytest.mark.skipif(bool(old), reason="before 2.30, NCCL takes no two ranks on one GPU"),
-    )
-
-
-@pytest.mark.parametrize("job", [_over("gloo"), _over("NCCL")])
+@pytest.mark.parametrize("job", ["two ranks over gloo", "two ranks over NCCL"])
 @pytest.mark.parametrize("case", SPREAD)
 def test_two_ranks_on_one_gpu_give_the_numbers_of_one(case: str, job: str, done: Done, found: Done) -> None:
+    ranks = done(job)
+    if ranks is None:
+        pytest.skip("before 2.30, NCCL takes no two ranks on one GPU")
     expected = whole(found(case)["device"])["state"]
-    joined = {name: x for rank in done(job) for name, x in rank[case].items()}
+    joined = {name: x for rank in ranks for name, x in rank[case].items()}
     assert_close(joined, expected, CASES[case].tolerance)
 
 
@@ -83,3 +78,9 @@ def test_compiled_networks_give_the_terms_of_eager_ones(job: str, done: Done) ->
     # Of the first step, and of those after updates by gradients that are rounded otherwise.
     assert_terms_close(found["compiled"][:1], found["eager"][:1], 1e-3)
     assert_terms_close(found["compiled"], found["eager"], 1e-2)
+
+
+@pytest.mark.parametrize("job", [f"pipeline {amp}" for amp in ("float32", "bf16", "fp16")])
+def test_training_on_resident_images_never_waits_and_learns(job: str, done: Done) -> None:
+    losses = done(job)
+    assert sum(losses[-5:]) < sum(losses[:5])

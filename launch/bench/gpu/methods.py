@@ -77,7 +77,7 @@ def host(bench: Bench) -> None:
     """Operations that a step dispatches, and how long the host is busy with it, engine and bare loop; then the
     operations of every method."""
     base = tiny(bench, Workload("cifar_resnet32_a", 32, 128))
-    for peers in (2, 8):
+    for peers in (2,) if bench.quick else (2, 8):
         for method in ("independent", "dml"):
             work = replace(base, peers=peers, method={"name": method})
             cohort = bench_cohort(work, bench.device, bench.launch)
@@ -97,7 +97,7 @@ def host(bench: Bench) -> None:
                     **extra,
                 )
             free()
-    for name, section in FORMS.items():
+    for name, section in list(FORMS.items())[: 3 if bench.quick else None]:
         if bench.left() < 3:
             break
         peers = 3 if section["name"] == "okddip" else 2
