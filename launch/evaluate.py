@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from data_pipelines import open_pipeline
 from engine.cohort.cohort import Cohort
+from engine.cohort.precision import set_precision
 from engine.files import write_json
 from engine.preflight import check_data
 from engine.ranks.collectives import Launch, choose_device, start
@@ -39,6 +40,7 @@ def main() -> None:
         device = choose_device(config.device, launch)
         placement = plan(config, launch.world, launch.rank)
         check_data(config)
+        set_precision(config, device)
         start(launch, device)
         pipeline = open_pipeline(config.data, config.seed, device)
         cohort = Cohort.on(pipeline, config, placement, device)

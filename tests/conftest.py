@@ -15,6 +15,18 @@ from data_pipelines.sources.standard_sets import STANDARD
 torch.set_num_threads(2)
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """A machine lent for minutes may have pytest and nothing beside it; the settings are read there too."""
+    if not pluginmanager.has_plugin("timeout"):
+        parser.addini("timeout", "no test is ended early here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker of the same plugin."""
+    if not config.pluginmanager.has_plugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): no test is ended early here")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fashion-MNIST's files with 120 training and 37 validation images of the real data."""

@@ -19,8 +19,11 @@ AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def set_precision(config: RunConfig, device: torch.device) -> None:
     """For all networks of this process, before the first is built."""
     if config.precision.compile:
-        # The limit counts all modules that are compiled in place, in training and in evaluation.
-        torch._dynamo.config.recompile_limit = 16 * len(config.peers)
+        # The limit counts what all networks of one class are compiled to: every peer, its average or teacher, and the
+        # copy of it that a method keeps, each in training and in evaluation, and for a last batch that is smaller.
+        limit = 16 * 3 * len(config.cohort)
+        torch._dynamo.config.recompile_limit = limit
+        torch._dynamo.config.accumulated_recompile_limit = max(256, limit)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = config.precision.tf32

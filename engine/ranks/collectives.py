@@ -55,8 +55,9 @@ def start(launch: Launch, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        # NCCL refuses two ranks on one GPU; gloo takes CUDA tensors too, more slowly.
-        backend = "cpu:gloo,cuda:nccl" if ranks_here <= torch.cuda.device_count() else "gloo"
+        # NCCL refuses two ranks on one GPU, unless a new one is told to try; gloo takes CUDA tensors too, more slowly.
+        shared = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+        backend = "cpu:gloo,cuda:nccl" if shared or ranks_here <= torch.cuda.device_count() else "gloo"
     store: Any = dist.HashStore()  # type: ignore[attr-defined]
     if "RANK" in os.environ:
         store, _, _ = next(rendezvous("env://", timeout=FIRST_STEP_TIMEOUT))

@@ -6,6 +6,7 @@
     python launch/bench bytes                    not timed: what each method sends, from its signals' shapes
     python launch/bench lmcl                     L-MCL's objective with memory banks against one pair after another
     python launch/bench lmcl-step                a step of L-MCL against two networks alone, and its outer step
+    python launch/bench gpu --out DIR            all that a GPU has to show, in parts that fail alone; see docs/gpu.md
 
 Absolute times belong to the machine; the ratio is the result. Machines wander, so variants take turns, and the median
 of the ratios of neighbours is printed with its quartiles.
@@ -13,25 +14,34 @@ of the ratios of neighbours is printed with its quartiles.
 
 from __future__ import annotations
 
+import argparse
+import statistics
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from engine.config import ConfigError
 from engine.ranks.collectives import Launch, choose_device, start
 from launch.bench import contrast
 from launch.bench.bytes import bytes_a_step
-from launch.bench.peers import bare_step, bench_cohort, engine_step
+from launch.bench.gpu.running import PARTS, run_parts
+from launch.bench.host import host_seconds, operations
+from launch.bench.peers import Workload, bare_step, bench_cohort, engine_step
 from launch.bench.saving import saving
-from launch.bench.turns import compare
+from launch.bench.turns import headline, in_turn, print_comparison
 from launch.entry import parser, user_errors
 from losses import METHODS
+
+WHAT = ("step", "exchange", "checkpoint", "bytes", "lmcl", "lmcl-step", "gpu")
 
 
 def main() -> None:
     """The command."""
     arguments = parser(__doc__ or "", "")
-    arguments.add_argument("what", choices=["step", "exchange", "checkpoint", "bytes", "lmcl", "lmcl-step"])
+    arguments.add_argument("what", choices=WHAT)
     arguments.add_argument("--network", default="torchvision/resnet18", help="of both peers (default: %(default)s)")
     arguments.add_argument("--size", type=int, default=32, help="side of the images (default: %(default)s)")
     arguments.add_argument("--batch", type=int, default=64, help="rows of a step (default: %(default)s)")
@@ -41,34 +51,51 @@ def main() -> None:
     arguments.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="lmcl: rows (default: 8 32)")
     arguments.add_argument("--folder", type=Path, help="checkpoint: where to write (default: a temporary folder)")
     arguments.add_argument("--threads", type=int, help="CPU threads; torch's choice if absent")
+    arguments.add_argument("--out", type=Path, metavar="DIR", help="gpu: where rows.jsonl and gpu.md are written")
+    arguments.add_argument("--quick", action="store_true", help="gpu: toy sizes, to try the command; on a CPU too")
+    arguments.add_argument("--minutes", type=float, default=8.0, help="gpu: limit of all parts (default: 8)")
+    arguments.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"gpu: of {', '.join(PARTS)}")
     options = arguments.parse_args()
     launch = Launch.from_environment()
     if options.threads:
         torch.set_num_threads(options.threads)
     with user_errors(launch):
+        if options.what == "gpu":
+            if options.out is None:
+                raise ConfigError("--out: missing; expected a folder for rows.jsonl and gpu.md")
+            sys.exit(run_parts(options.out, options.only, quick=options.quick, seconds=60 * options.minutes))
         if options.what in ("lmcl", "lmcl-step"):
             contrast.objective(options) if options.what == "lmcl" else contrast.training_step(options)
-            dist.destroy_process_group()
-            return
-        device = choose_device("auto", launch)
-        start(launch, device)
-        if options.what == "bytes":
-            for method in METHODS:
-                print(f"  {method:16} {bytes_a_step(method):>12,}")
-            dist.destroy_process_group()
-            return
-        if options.what == "checkpoint":
-            saving(options, device, launch)
-            dist.destroy_process_group()
-            return
-        if options.what == "step":
-            engine = engine_step(bench_cohort(options, "dml", device, launch), options)
-            variants = {"engine": engine, "bare loop": bare_step(options, device)}
         else:
-            cohorts = {name: bench_cohort(options, name, device, launch) for name in ("dml", "independent")}
-            variants = {name: engine_step(cohort, options) for name, cohort in cohorts.items()}
-        compare(variants, options, device, launch)
+            device = choose_device("auto", launch)
+            start(launch, device)
+            _measure(options, device, launch)
         dist.destroy_process_group()
+
+
+def _measure(options: argparse.Namespace, device: torch.device, launch: Launch) -> None:
+    work = Workload(options.network, options.size, options.batch, options.amp)
+    if options.what == "bytes":
+        for method in METHODS:
+            print(f"  {method:16} {bytes_a_step(method):>12,}")
+    elif options.what == "checkpoint":
+        saving(work, options.rounds, options.steps, options.folder, device, launch)
+    elif options.what == "step":
+        engine = engine_step(bench_cohort(work, device, launch), work)
+        variants = {"engine": engine, "bare loop": bare_step(work, device)}
+        times = in_turn(variants, options.rounds, options.steps, device)
+        print(headline("step", work, device, launch))
+        print_comparison(times, *variants)
+        for name, step in variants.items():
+            busy = statistics.median(host_seconds(step, device) for _ in range(5))
+            print(f"  {name:12} {operations(step):6} operations dispatched, the host busy for {1000 * busy:.2f} ms")
+    else:
+        both = {name: replace(work, method={"name": name}) for name in ("dml", "independent")}
+        variants = {name: engine_step(bench_cohort(each, device, launch), each) for name, each in both.items()}
+        times = in_turn(variants, options.rounds, options.steps, device)
+        if launch.rank == 0:
+            print(headline("exchange", work, device, launch))
+            print_comparison(times, *variants)
 
 
 if __name__ == "__main__":

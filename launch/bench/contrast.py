@@ -11,22 +11,20 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.cohort.cohort import Cohort
-from engine.config.loading import validate
 from engine.ranks.collectives import Launch, choose_device, start
-from engine.ranks.placement import plan
 from engine.ranks.tables import make_table
 from engine.training.step import train_step
 from engine.training.timing import Clock
-from launch.bench.peers import CLASSES, rows_of
+from launch.bench.peers import STEPS_PER_EPOCH, Workload, bench_cohort, rows_of
+from launch.bench.turns import headline
 from losses import PeerInfo, Progress
 from losses.lmcl import LMCL, LMCLOptions
 from losses.memory import Memory
@@ -40,26 +38,28 @@ Objective = Callable[[], Tensor]
 """Makes the loss and its gradients anew."""
 
 
-class _Shapes(nn.Module):
+class Shapes(nn.Module):
     """What both implementations start from: features of every exit, heads, projections of the weights, and banks."""
 
-    def __init__(self, batch: int, tau: float, device: torch.device) -> None:
+    def __init__(
+        self, batch: int, tau: float, device: torch.device, images: int = _IMAGES, negatives: int = _NEGATIVES
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.options = LMCLOptions(
-            negatives="memory", alpha=0.01, beta=0.01, tau=tau, num_negatives=_NEGATIVES, width=_WIDTH
+            negatives="memory", alpha=0.01, beta=0.01, tau=tau, num_negatives=negatives, width=_WIDTH
         )
         exits = range(_PEERS * _STAGES)
         self.features = nn.ParameterList([torch.rand(batch, _FEATURES, device=device) for _ in exits])
         self.heads = nn.ModuleList([Projection(_FEATURES, _WIDTH) for _ in exits]).to(device)
         self.match = nn.ModuleList([nn.Linear(_FEATURES, _WIDTH) for _ in exits]).to(device)
-        self.classes = torch.arange(_IMAGES, device=device) % _CLASSES
-        self.ids = torch.randperm(_IMAGES)[:batch].to(device)
+        self.classes = torch.arange(images, device=device) % _CLASSES
+        self.ids = torch.randperm(images)[:batch].to(device)
         self.targets = self.classes[self.ids]
         self.memory = Memory(self.options, _PEERS, self.classes, partial(make_table, device), (1, 2))
 
 
-def ours(shapes: _Shapes) -> Objective:
+def ours(shapes: Shapes) -> Objective:
     """The objective of `losses/lmcl.py`, draws of positives and negatives included."""
     method = LMCL(shapes.options, [PeerInfo(k, _CLASSES, _FEATURES, (), *[None] * 3) for k in range(_PEERS)])  # type: ignore[arg-type]
     method.memory = shapes.memory
@@ -85,7 +85,7 @@ def ours(shapes: _Shapes) -> Objective:
     return step
 
 
-def pair_by_pair(shapes: _Shapes) -> Objective:
+def pair_by_pair(shapes: Shapes) -> Objective:
     """The published algorithm as one would write it down: for each ordered pair of peers and each pair of exits, gather
     the rows of both banks, multiply, and take the eight losses. The images are those that `ours` draws; its one
     deviation, the bank of a peer's own VCL, is that of `ours` too, so that the values must agree."""
@@ -141,7 +141,7 @@ def pair_by_pair(shapes: _Shapes) -> Objective:
     return step
 
 
-_VARIANTS: dict[str, Callable[[_Shapes], Objective]] = {"ours": ours, "pair by pair": pair_by_pair}
+_VARIANTS: dict[str, Callable[[Shapes], Objective]] = {"ours": ours, "pair by pair": pair_by_pair}
 
 
 def objective(options: argparse.Namespace) -> None:
@@ -156,7 +156,7 @@ def objective(options: argparse.Namespace) -> None:
     for batch in options.batches:
         memory = {name: _in_a_process(name, batch, options.threads) for name in _VARIANTS if _fits(name, batch, device)}
         names = list(memory)
-        shapes = _Shapes(batch, 0.07, device)
+        shapes = Shapes(batch, 0.07, device)
         steps = {name: _VARIANTS[name](shapes) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
         values: dict[str, tuple[Tensor, list[Tensor]]] = {}
@@ -220,7 +220,7 @@ def _peak(name: str, batch: int, threads: int | None) -> int:
         torch.set_num_threads(threads)
     device = choose_device("auto", Launch(0, 0, 1))
     start(Launch(0, 0, 1), device)
-    step = _VARIANTS[name](_Shapes(batch, 0.07, device))
+    step = _VARIANTS[name](Shapes(batch, 0.07, device))
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -250,16 +250,13 @@ def training_step(options: argparse.Namespace) -> None:
     """Prints what a step of L-MCL costs against two networks that train alone, with and without the outer step."""
     device = choose_device("auto", Launch(0, 0, 1))
     start(Launch(0, 0, 1), device)
-    network, rows, side = "cifar_resnet32_b", 64, 32
+    work = Workload("cifar_resnet32_b", method={"name": "independent"})
     variants = {
-        "two alone": _stepper("independent", {}, network, rows, side, device),
-        "lmcl": _stepper("lmcl", {"meta_interval": None}, network, rows, side, device),
-        "lmcl, outer step every time": _stepper("lmcl", {"meta_interval": 1}, network, rows, side, device),
+        "two alone": stepper(work, device),
+        "lmcl": stepper(replace(work, method={"name": "lmcl", "meta_interval": None}), device),
+        "lmcl, outer step every time": stepper(replace(work, method={"name": "lmcl", "meta_interval": 1}), device),
     }
-    print(
-        f"a training step of 2 x {network}, {side} px, {rows} rows, float32, {device}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}"
-    )
+    print(headline("a training step", work, device, Launch(0, 0, 1)))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for done in range(options.rounds + 1):
         for name in list(variants)[:: 1 if done % 2 else -1]:
@@ -295,29 +292,15 @@ def _print_kernels(step: Objective) -> None:
     print("  of it in: " + ", ".join(f"{key} {100 * whole[key] / total:.0f} %" for key in nodes))
 
 
-def _stepper(
-    method: str, options: dict[str, Any], network: str, rows: int, side: int, device: torch.device
-) -> tuple[Objective, Clock]:
-
-    config = validate(
-        {
-            "name": "bench",
-            "method": {"name": method, **options},
-            "peers": [{"network": network, "copies": 2}],
-            "data": {"dataset": "fashion_mnist_subset", "global_batch": rows},
-            "train": {"epochs": 1},
-            "schedule": {"name": "constant"},
-        }
-    )
-    cohort = Cohort(
-        config, plan(config, 1, 0), device, num_classes=CLASSES, channels=3, image_size=side, steps_per_epoch=1000
-    )
-    batch = rows_of(rows, side, device)
+def stepper(work: Workload, device: torch.device) -> tuple[Objective, Clock]:
+    """A step that gives its flag of a skip, and the clock that it keeps."""
+    cohort = bench_cohort(work, device, Launch(0, 0, 1))
+    batch = rows_of(work, device)
     clock = Clock(device)
     count = iter(range(1 << 62))
 
     def step() -> Tensor:
         clock.restart()
-        return train_step(cohort, [batch], Progress(next(count), 1000, 1), clock).skipped
+        return train_step(cohort, [batch], Progress(next(count), STEPS_PER_EPOCH, 1), clock).skipped
 
     return step, clock

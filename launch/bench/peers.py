@@ -1,9 +1,10 @@
-"""A cohort for measuring, the engine's step of it, and the bare loop that one would write instead."""
+"""What is measured: a cohort, the engine's step of it, and the bare loop that one would write instead."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 import models
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
-from engine.config import RunConfig
+from engine.cohort.precision import set_precision
 from engine.config.loading import validate
 from engine.ranks.collectives import Launch
 from engine.ranks.placement import plan
@@ -22,80 +23,127 @@ from engine.training.timing import Clock
 from losses import Progress
 
 CLASSES = 100
+STEPS_PER_EPOCH = 1000
 
 
-def rows_of(batch: int, size: int, device: torch.device) -> Batch:
-    """Random images and classes, the same on every rank."""
+@dataclass(frozen=True)
+class Workload:
+    """Peers of one network, and the batch that they learn from."""
+
+    network: str = "torchvision/resnet18"
+    size: int = 32
+    """Side of the images, in pixels."""
+    batch: int = 64
+    """Rows of a step, over all ranks."""
+    amp: str = "float32"
+    peers: int = 2
+    compile: bool = False
+    method: Mapping[str, Any] = field(default_factory=lambda: {"name": "dml"})
+    """The section `method` of a config."""
+    classes: int = CLASSES
+
+
+def rows_of(work: Workload, device: torch.device) -> Batch:
+    """Random images and classes on the device, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, size, size, generator=generator)
-    targets = torch.randint(CLASSES, (batch,), generator=generator)
+    images = torch.randn(work.batch, 3, work.size, work.size, generator=generator)
+    targets = torch.randint(work.classes, (work.batch,), generator=generator)
     images = images.to(device, memory_format=torch.channels_last)
-    return Batch((images,), targets.to(device), torch.arange(batch, device=device))
+    return Batch((images,), targets.to(device), torch.arange(work.batch, device=device))
 
 
-def bench_cohort(options: argparse.Namespace, method: str, device: torch.device, launch: Launch) -> Cohort:
-    """Two peers of the network that is asked for."""
-    config: RunConfig = validate(
+def bench_cohort(work: Workload, device: torch.device, launch: Launch) -> Cohort:
+    """This rank's part of the cohort, with the precision that training sets."""
+    config = validate(
         {
             "name": "bench",
-            "method": {"name": method},
-            "peers": [{"network": options.network, "copies": 2}],
-            "data": {"dataset": "fashion_mnist_subset", "global_batch": options.batch},
+            "method": dict(work.method),
+            "peers": [{"network": work.network, "copies": work.peers}],
+            "data": {"dataset": "fashion_mnist_subset", "global_batch": work.batch},
             "train": {"epochs": 1},
             "schedule": {"name": "constant"},
-            "precision": {"amp": options.amp},
+            "precision": {"amp": work.amp, "compile": work.compile},
         }
     )
-    placement = plan(config, launch.world, launch.rank)
-    return Cohort(
-        config, placement, device, num_classes=CLASSES, channels=3, image_size=options.size, steps_per_epoch=1000
+    set_precision(config, device)
+    cohort = Cohort(
+        config,
+        plan(config, launch.world, launch.rank),
+        device,
+        num_classes=work.classes,
+        channels=3,
+        image_size=work.size,
+        steps_per_epoch=STEPS_PER_EPOCH,
     )
+    cohort.prepare(torch.arange(10 * max(work.classes, work.batch)) % work.classes)
+    return cohort
 
 
-def engine_step(cohort: Cohort, options: argparse.Namespace) -> Callable[[], object]:
-    """A step as `train.py` makes it, meter and clock included, on rows that are there already."""
+def engine_step(cohort: Cohort, work: Workload, clock: Clock | None = None) -> Callable[[], object]:
+    """A step as `train.py` makes it, meter and clock included, on rows that are there already.
+
+    Args:
+        clock: one that is read by whoever gives it; without, the step reads its own every 50 steps.
+    """
     placement, device = cohort.placement, cohort.device
-    batch = rows_of(options.batch, options.size, device)
-    share = placement.rows(options.batch)
+    batch = rows_of(work, device)
+    share = placement.rows(work.batch)
     batch = Batch((batch.images[share],), batch.targets[share], batch.ids[share])
-    meter, clock = Meter(placement, device), Clock(device)
+    meter, ticking = Meter(placement, device), clock or Clock(device)
     count = iter(range(1 << 62))
 
     def step() -> None:
         done = next(count)
-        meter.add(train_step(cohort, [batch], Progress(done, 1000, 1), clock))
+        meter.add(train_step(cohort, [batch], Progress(done, STEPS_PER_EPOCH, 1), ticking))
         if done % 50 == 49:
             meter.read()
-            clock.read()
+            if clock is None:
+                ticking.read()
 
     return step
 
 
-def bare_step(options: argparse.Namespace, device: torch.device) -> Callable[[], object]:
-    """Deep mutual learning of two peers as one would write it in plain PyTorch, with the same kernels at hand:
-    channels-last, autocast and the fused optimiser."""
-    batch = rows_of(options.batch, options.size, device)
-    peers = [models.create(options.network, CLASSES) for _ in range(2)]
+def bare_step(work: Workload, device: torch.device) -> Callable[[], object]:
+    """`dml` or `independent` as one would write it in plain PyTorch, with the same kernels at hand: channels-last,
+    autocast and the fused optimiser."""
+    batch = rows_of(work, device)
+    peers = [models.create(work.network, work.classes) for _ in range(work.peers)]
     peers = [peer.to(device, memory_format=torch.channels_last) for peer in peers]  # type: ignore[call-overload]
     optimizers = [
         torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
         for p in peers
     ]
-    dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp]
-    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-
-    def loss(own: Tensor, other: Tensor) -> Tensor:
-        kl = F.kl_div(F.log_softmax(own, 1), F.softmax(other.detach(), 1), reduction="batchmean")
-        return F.cross_entropy(own, batch.targets) + kl
+    dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[work.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=work.amp == "fp16")
+    couple = {"dml": _mutual, "independent": _alone}[work.method["name"]]
+    if work.compile:
+        for peer in peers:
+            peer.compile()
 
     def step() -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            a, b = (peer(batch.images) for peer in peers)
+            logits = [peer(batch.images) for peer in peers]
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss(a.float(), b.float()) + loss(b.float(), a.float())).backward()
+        scaler.scale(couple([z.float() for z in logits], batch.targets)).backward()
         for optimizer in optimizers:
             scaler.step(optimizer)
         scaler.update()
 
     return step
+
+
+def _alone(logits: list[Tensor], targets: Tensor) -> Tensor:
+    return sum((F.cross_entropy(z, targets) for z in logits), torch.zeros((), device=targets.device))
+
+
+def _mutual(logits: list[Tensor], targets: Tensor) -> Tensor:
+    loss = _alone(logits, targets)
+    if len(logits) == 1:
+        return loss
+    teachers = [F.softmax(z.detach(), 1) for z in logits]
+    for k, z in enumerate(logits):
+        student = F.log_softmax(z, 1)
+        others = [p for j, p in enumerate(teachers) if j != k]
+        loss = loss + sum(F.kl_div(student, p, reduction="batchmean") for p in others) / len(others)
+    return loss

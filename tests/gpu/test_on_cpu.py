@@ -1,0 +1,36 @@
+"""The tests of this room with a CPU in the GPU's place, a few of them, so that they do not rot where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.cases import CASES
+from tests.gpu.checks import assert_close, assert_learnt, assert_terms_close, whole
+from tests.gpu.jobs import JOBS
+from tests.gpu.steps import look_at
+from tests.worlds import run_ranks
+
+
+@pytest.mark.parametrize("case", ["dml_accumulation", "mcl_memory"])
+def test_a_case(case: str) -> None:
+    [found] = run_ranks(1, look_at, CASES[case], "cpu")
+    here, cpu = whole(found["device"]), whole(found["cpu"])
+    assert_close(here["state"], cpu["state"], 0.0)
+    assert_terms_close(here["terms"], cpu["terms"], 0.0)
+    assert here["misplaced"] == []
+    assert found["waits"] == ""
+    for amp in ("bf16", "fp16"):
+        assert_learnt(whole(found[amp]))
+
+
+def test_a_save_beside_training(tiny: Path, tmp_path: Path) -> None:
+    found = JOBS["saving"](tiny, tmp_path, "cpu")
+    assert (found["damaged"], found["step"], found["moved"]) == ([], 5, True)
+    assert_close(found["saved"], found["then"], 0.0)
+
+
+def test_evaluation(tiny: Path, tmp_path: Path) -> None:
+    found = JOBS["evaluation"](tiny, tmp_path, "cpu")
+    assert found["device"] == found["cpu"]
