@@ -1,5 +1,7 @@
 """From a config to a pipeline."""
 
+from dataclasses import dataclass
+
 import torch
 
 from data_pipelines.config import DataConfig
@@ -11,7 +13,18 @@ from data_pipelines.sources.class_folders import list_folder
 from data_pipelines.sources.standard_sets import STANDARD
 
 
-def check_files(config: DataConfig) -> None:
+@dataclass(frozen=True)
+class Sizes:
+    """How much there is of a data set."""
+
+    train: int
+    """Samples of the training split, those that are held out among them."""
+    held_out: int
+    eval: int
+    classes: int
+
+
+def check_files(config: DataConfig) -> Sizes:
     """Looks at what is on disk, without touching any device.
 
     Raises:
@@ -20,10 +33,10 @@ def check_files(config: DataConfig) -> None:
     """
     if config.dataset == "image_folder":
         require_dali()
-        train, _ = list_folder(config.folder)
-        size, classes = len(train.names), len(train.classes)
+        train, val = list_folder(config.folder)
+        size, classes, validation = len(train.names), len(train.classes), len(val.names)
     else:
-        size, _ = STANDARD[config.dataset].sizes(config.folder)
+        size, validation = STANDARD[config.dataset].sizes(config.folder)
         classes = len(STANDARD[config.dataset].class_names)
     if config.held_out and not config.held_out_of(size):
         raise DataError(f"held_out: {config.held_out} of {size} training samples is less than one of them")
@@ -39,6 +52,7 @@ def check_files(config: DataConfig) -> None:
             f"global_batch: expected at most {classes * config.images_per_class} for sampler {config.sampler}, "
             f"images_per_class = {config.images_per_class} for each of {classes} classes, found {config.global_batch}"
         )
+    return Sizes(size, size - left, validation, classes)
 
 
 def open_pipeline(config: DataConfig, seed: int, device: torch.device) -> Pipeline:

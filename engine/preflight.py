@@ -12,7 +12,7 @@ import torch
 
 import data_pipelines
 import models
-from data_pipelines import DataConfig
+from data_pipelines import DataConfig, Sizes
 from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.config import ConfigError, PeerConfig, RunConfig
@@ -87,10 +87,10 @@ def _refusal(config: RunConfig, peer: PeerConfig) -> Iterator[None]:
         ) from None
 
 
-def check_data(config: RunConfig) -> None:
+def check_data(config: RunConfig) -> Sizes:
     """Looks at what is on disk, before any device is touched. Raises: ConfigError."""
     try:
-        data_pipelines.check_files(config.data)
+        return data_pipelines.check_files(config.data)
     except (data_pipelines.DataError, ImportError) as error:
         word = str(error).partition(":")[0]
         raise ConfigError(f"data{'.' if word in DataConfig.model_fields else ': '}{error}") from None

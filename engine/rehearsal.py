@@ -10,7 +10,7 @@ import contextlib
 import math
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -180,7 +180,6 @@ def _step(cohort: Cohort, config: RunConfig, placement: Placement, steps: Sequen
         with _named_lines(), watch, _Handed(watch):
             train_step(cohort, parts, Progress(step, steps_per_epoch, config.train.epochs), clock)
     gradients = [p.grad for module in _modules(cohort) for p in module.parameters() if p.grad is not None]
-    outside = {x.untyped_storage()._cdata for x in gradients}
     averages = [r.ema for r in cohort.residents.values() if r.ema is not None]
     standing = {
         "weights": _bytes([*_modules(cohort)]),
@@ -192,9 +191,9 @@ def _step(cohort: Cohort, config: RunConfig, placement: Placement, steps: Sequen
     memory = Memory(
         **standing,
         gradients=_size(gradients),
-        activations=watch.peak(lambda key, phase: key not in outside and phase != "exchange"),
-        exchange=watch.peak(lambda key, phase: phase == "exchange"),
-        total=sum(standing.values()) + watch.peak(lambda key, phase: True),
+        activations=watch.peak(set(_PHASES) - {"exchange"}, but=gradients),
+        exchange=watch.peak({"exchange"}),
+        total=sum(standing.values()) + watch.peak(_PHASES),
     )
     _check_optimizers(cohort)
     return Rehearsal(memory, watch.operations, tuple(dict.fromkeys([*watch.waits, *_known_waits(cohort)])))
@@ -244,7 +243,10 @@ class _Watch(TorchDispatchMode):
         self.waits: list[str] = []
         self.phase = "forward"
         self._live: dict[int, int] = {}
-        self._events: list[tuple[int, int, str]] = []
+        """Number of each allocation that has not been freed, by its address, which others may have later."""
+        self._sizes: list[int] = []
+        self._phases: list[str] = []
+        self._events: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
@@ -261,29 +263,28 @@ class _Watch(TorchDispatchMode):
 
     def _allocated(self, x: Tensor) -> None:
         storage = x.untyped_storage()
-        key = storage._cdata
-        if key in self._live:
+        if storage._cdata in self._live:
             return
-        self._live[key] = storage.nbytes()
-        self._events.append((key, storage.nbytes(), self.phase))
-        weakref.finalize(storage, self._freed, key)
+        number = len(self._sizes)
+        self._live[storage._cdata] = number
+        self._sizes.append(storage.nbytes())
+        self._phases.append(self.phase)
+        self._events.append((number, 1))
+        weakref.finalize(storage, self._freed, storage._cdata, number)
 
-    def _freed(self, key: int) -> None:
-        if size := self._live.pop(key, 0):
-            self._events.append((key, -size, ""))
+    def _freed(self, address: int, number: int) -> None:
+        self._events.append((number, -1))
+        if self._live.get(address) == number:
+            del self._live[address]
 
-    def peak(self, counts: Callable[[int, str], bool]) -> int:
-        """The most that was allocated at once, of what `counts` by its storage and the phase that made it."""
+    def peak(self, phases: Collection[str], but: Sequence[Tensor] = ()) -> int:
+        """The most bytes that were allocated at once, of what was made in some phases, but for some tensors."""
+        left_out = {self._live.get(x.untyped_storage()._cdata) for x in but}
         now, most = 0, 0
-        counted: set[int] = set()
-        for key, size, phase in self._events:
-            if size >= 0 and counts(key, phase):
-                counted.add(key)
-                now += size
-            elif size < 0 and key in counted:
-                counted.remove(key)
-                now += size
-            most = max(most, now)
+        for number, sign in self._events:
+            if self._phases[number] in phases and number not in left_out:
+                now += sign * self._sizes[number]
+                most = max(most, now)
         return most
 
 
@@ -309,10 +310,11 @@ def _copies(function: Any) -> bool:
     return str(function).startswith(("aten._to_copy", "aten.copy_", "aten._foreach_copy_", "aten.index"))
 
 
+_PHASES = ("forward", "exchange", "backward", "optimizer")
+
+
 class _Phases(Clock):
     """Tells a watch which part of the step is next."""
-
-    _NEXT = {"forward": "exchange", "exchange": "backward", "backward": "optimizer", "optimizer": "forward"}  # noqa: RUF012
 
     def __init__(self, watch: _Watch) -> None:
         self._watch = watch
@@ -320,7 +322,7 @@ class _Phases(Clock):
 
     def mark(self, name: str) -> None:
         super().mark(name)
-        self._watch.phase = self._NEXT.get(name, "forward")
+        self._watch.phase = _PHASES[(_PHASES.index(name) + 1) % len(_PHASES)] if name in _PHASES else _PHASES[0]
 
 
 @contextlib.contextmanager

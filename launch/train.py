@@ -18,6 +18,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine.config import loading as configuration
+from engine.forecast import forecast
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch
 from engine.reporting import report
@@ -85,7 +86,7 @@ def main() -> None:
                 device = torch.device("cpu" if config.device == "cpu" else "cuda")
             placement = check_run(config, launch, fresh=fresh, device=device)
             if launch.rank == 0:
-                print(f"{config.title}: {config.method.name}; {placement}")
+                print(f"{config.title}: {config.method.name}; {placement}", *forecast(config, placement), sep="\n  ")
             return
         if options.preempted and launch.rank == 0:
             options.preempted.unlink(missing_ok=True)

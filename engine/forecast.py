@@ -1,0 +1,70 @@
+"""What a run will do on this rank, as lines to read before it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import models
+from data_pipelines import Sizes
+from engine.config import ConfigError, RunConfig
+from engine.preflight import check_data
+from engine.ranks.placement import Placement
+from engine.rehearsal import Images, RehearsalError, readable, rehearse
+from models.weightless import weightless
+
+
+def forecast(config: RunConfig, placement: Placement) -> Iterator[str]:
+    """Data, steps, peers, and from a rehearsal of a step the memory of a rank and what the host waits for.
+
+    Raises:
+        ConfigError: a step of these networks on these images cannot be made.
+    """
+    sizes = check_data(config)
+    trained_on = sizes.train - sizes.held_out
+    batch, replicas = config.data.global_batch, placement.replicas
+    steps, left = divmod(trained_on, batch)
+    yield (
+        f"data       {trained_on:,} images of {sizes.classes:,} classes to train on, "
+        + (f"{sizes.held_out:,} held out, " if sizes.held_out else "")
+        + f"{sizes.eval:,} to validate; {config.data.side} pixels"
+    )
+    parts = config.train.accumulation
+    yield (
+        f"steps      {steps:,} an epoch of {batch:,} images, {batch // replicas:,} a rank"
+        + (f" in {parts} micro-batches" if parts > 1 else "")
+        + f"; {steps * config.train.epochs:,} in all"
+    )
+    if left and config.data.sampler == "shuffle":
+        yield f"left out   {left:,} images of an epoch, each time others: they fill no batch"
+    yield f"peers here {', '.join(_peers(config, placement, sizes))}"
+    yield from _rehearsed(config, placement, sizes)
+
+
+def _peers(config: RunConfig, placement: Placement, sizes: Sizes) -> Iterator[str]:
+    for index in placement.residents:
+        name, peer = config.cohort[index]
+        with weightless(peer.network):
+            network = models.create(peer.network, sizes.classes, config.data.channels, **peer.options)
+        yield f"{name} ({sum(p.numel() for p in network.parameters()) / 1e6:,.2f} M parameters)"
+
+
+def _rehearsed(config: RunConfig, placement: Placement, sizes: Sizes) -> Iterator[str]:
+    images = Images(sizes.classes, config.data.channels, config.data.side, sizes.train)
+    try:
+        found = rehearse(config, placement, images)
+    except RehearsalError as error:
+        yield f"memory     not known, as a step cannot be made without numbers: {error}"
+        return
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"peers: a step on {config.data.global_batch // placement.replicas} images of {config.data.side} pixels "
+            f"cannot be made: {reason}; expected networks that take such images"
+        ) from None
+    parts = asdict(found.memory)
+    total = parts.pop("total")
+    shown = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
+    yield f"memory     {readable(total)} a rank at the peak of a step: {shown}; libraries and the decoder come on top"
+    for wait in found.waits:
+        yield f"waits      on a GPU: {wait}"
