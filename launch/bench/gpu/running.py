@@ -24,7 +24,7 @@ import torch.distributed as dist
 import launch
 from engine.ranks.collectives import Launch, choose_device, start
 from launch.bench.gpu.bench import ROWS, Bench, append
-from launch.bench.gpu.table import write_table
+from launch.bench.gpu.table import WHOLE, write_table
 
 _ROOM = "launch.bench.gpu"
 _SHARED_NCCL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "4"}
@@ -92,7 +92,7 @@ def run_parts(out: Path, only: Sequence[str] | None, *, quick: bool, seconds: fl
             failed.append(name)
             append(out, name, run, "", "FAILED", note=trouble, seconds=took)
         else:
-            append(out, name, run, "", "whole part", seconds=took)
+            append(out, name, run, "", WHOLE, seconds=took)
         write_table(out, {key: each.title for key, each in PARTS.items()})
     print(f"{out / 'gpu.md'} is written; " + (f"failed: {', '.join(failed)}" if failed else "nothing has failed"))
     return int(bool(failed))

@@ -10,6 +10,9 @@ from typing import Any
 from engine.files import write_text
 from launch.bench.gpu.bench import ROWS, shortly
 
+WHOLE = "whole part"
+"""The row that says how long a part took."""
+
 _ABOUT = ("part", "run", "card", "at")
 
 
@@ -26,11 +29,15 @@ def write_table(out: Path, titles: Mapping[str, str]) -> None:
         if not mine:
             continue
         last = [row for row in mine if row["run"] == mine[-1]["run"]]
-        lines += [f"## {part}: {title}", "", f"{last[-1]['card']}; {last[-1]['run']}", "", *_table(last), ""]
+        # The last row, of the command itself, knows no card.
+        about = [next((row["card"] for row in last if row["card"]), "no card"), last[0]["run"]]
+        about += [f"{row['seconds']} s in all" for row in last if row["what"] == WHOLE]
+        lines += [f"## {part}: {title}", "", "; ".join(about), "", *_table(last), ""]
     write_text(out / "gpu.md", "\n".join(lines))
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def _table(found: list[dict[str, Any]]) -> list[str]:
+    rows = [row for row in found if row["what"] != WHOLE]
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in _ABOUT))
     cells = [[shortly(row[key]).replace("|", "/") if key in row else "" for key in columns] for row in rows]
     return [
