@@ -97,7 +97,8 @@ def make_schedule(
     """The learning rate as a function of the updates done: `schedule.step_update(step)` before update number `step`."""
     schedule, _ = create_scheduler_v2(
         optimizer,
-        sched={"step": "multistep"}.get(config.name, config.name),
+        # A rate without milestones is constant, in every version of timm.
+        sched={"step": "multistep", "constant": "multistep"}.get(config.name, config.name),
         num_epochs=epochs,
         # timm lets the rate fall before update u where u + 1 reaches milestone * updates_per_epoch. The first update at
         # or after the milestone is meant; the half keeps rounding from making it the one after.
