@@ -253,9 +253,12 @@ class _Watch(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        devices = {x.device.type for x in (*made, *given)}
-        if devices == {"cpu", "meta"} and any(x.device.type == "cpu" for x in given) and _copies(function):
-            self.waits.append(f"{_line()}: {function} between the host and the device")
+        of_host = [x for x in given if not x.is_meta]
+        if of_host and any(x.is_meta for x in (*made, *given)):
+            if _copies(function):
+                self.waits.append(f"{_line()}: {function} between the host and the device")
+            elif any(x.ndim for x in of_host):  # a single number of the host's may meet any tensor
+                raise RehearsalError(f"{_line()}: {function} of tensors on the host and on the device")
         for x in made:
             if x.is_meta:
                 self._allocated(x)
@@ -339,7 +342,7 @@ def _named_lines() -> Iterator[None]:
 
 def _line(error: BaseException | None = None) -> str:
     frames = traceback.extract_tb(error.__traceback__) if error else traceback.extract_stack()
-    ours = [f for f in frames if f.filename.startswith(_ROOT) and not f.filename.endswith("rehearsal.py")]
+    ours = [f for f in frames if f.filename.startswith(_ROOT) and f.filename != __file__]
     ours = [f for f in ours if ".venv" not in f.filename] or list(frames)
     frame = ours[-1]
     return f"{Path(frame.filename).name}:{frame.lineno} ({frame.line})"

@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pcl": {"method": {"name": "pcl"}, "data": {"views": "per_peer"}},
     "dcm": {"method": {"name": "dcm"}},
     "dcl": {"method": {"name": "dcl", "interval": 1}},
-    "dcl, mean": {"method": {"name": "dcl", "interval": 1, "rule": "mean"}},
+    "dcl, mean": {"method": {"name": "dcl", "interval": 1, "combine": "mean"}},
     "codistillation": {"method": {"name": "codistillation", "interval": 1}},
     "codistillation, bf16": {"method": {"name": "codistillation", "interval": 1, "wire": "bf16"}},
     "mcl, batch": {"method": {"name": "mcl", "negatives": "batch", "width": 8}},
@@ -113,7 +113,7 @@ def test_an_outer_step_waits_for_nothing_but_sharded_banks(world: int, sharded: 
 
 def test_peers_that_differ_tell_each_other_what_they_show() -> None:
     raw = config_of({"method": {"name": "lmcl", "width": 8, "meta_interval": None}}).model_dump(mode="json")
-    raw["peers"] = [{"network": "cifar_resnet8_b"}, {"network": "wrn_16_2"}]
+    raw["peers"] = [{"network": "cifar_resnet8_b"}, {"network": "cifar_wrn_16_2"}]
     raw["placement"] = {"kind": "spread"}
     for rank in (0, 1):
         assert rehearsed(validate(raw), 2, rank, steps=(0,)).waits == ()
