@@ -104,6 +104,7 @@ def _train_until_rollback(
         raise
     finally:
         run.saver.close()
+        run.cohort.close()
         if run.tracker:
             run.tracker.close()
     return run

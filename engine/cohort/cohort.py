@@ -21,6 +21,7 @@ from engine.cohort.precision import AUTOCAST, autocast
 from engine.cohort.randomness import Streams
 from engine.cohort.teacher import Teacher
 from engine.config import ConfigError, RunConfig
+from engine.ranks.collectives import group_of, leave
 from engine.ranks.exchange import Exchange
 from engine.ranks.meeting import Meeting
 from engine.ranks.placement import Placement
@@ -45,10 +46,9 @@ class Cohort:
     ) -> None:
         self.config, self.placement, self.device = config, placement, device
         self.num_classes, self.channels, self.image_size = num_classes, channels, image_size
-        mesh = placement.mesh(device.type)
-        self.replica_group: dist.ProcessGroup = mesh.get_group("replica")
+        self.replica_group = group_of(placement.replica_ranks)
         wire = torch.bfloat16 if config.placement.exchange_dtype == "bf16" else torch.float32
-        self.exchange = Exchange(placement, mesh.get_group("peer"), wire)
+        self.exchange = Exchange(placement, group_of(placement.exchange_ranks), wire)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision.amp == "fp16")
         self.autocast = AUTOCAST[config.precision.amp]
         self.streams = Streams(config.seed, placement.num_peers, placement.replica, device)
@@ -110,6 +110,11 @@ class Cohort:
     def views_of(self, batch: Batch) -> dict[int, Tensor]:
         """The images [N, channels, H, W] that each resident sees; the same tensor where they see the same."""
         return dict(zip(self.placement.residents, itertools.cycle(batch.views), strict=False))
+
+    def close(self) -> None:
+        """Leaves the groups of ranks that were made for this cohort, which is not used afterwards."""
+        leave(self.exchange.group)
+        leave(self.replica_group)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 

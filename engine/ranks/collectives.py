@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,9 @@ from engine.config import ConfigError
 
 FIRST_STEP_TIMEOUT = timedelta(minutes=30)
 """Compilation, cuDNN's search and a cold file system all fall before the end of the first step."""
+
+LEAVE_TIMEOUT = 10.0
+"""Seconds that a rank that has failed takes to leave the others in good order."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,34 @@ def process_group(launch: Launch, device: torch.device) -> Iterator[None]:
     start(launch, device)
     try:
         yield
-    finally:
+    except BaseException:
+        # Ranks that have not failed may wait in a collective for ever, and this one for them.
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_TIMEOUT)
+        raise
+    else:
         dist.destroy_process_group()
+
+
+def group_of(ranks: Iterable[int]) -> dist.ProcessGroup:
+    """The group of some ranks of the world. They alone call this, so that it takes as long in a large world as in a
+    small one; a rank of several groups makes them in the same order as the others."""
+    group = dist.new_group(list(ranks), timeout=FIRST_STEP_TIMEOUT, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def leave(group: dist.ProcessGroup) -> None:
+    """Frees what a group holds: connections, threads, memory of a GPU. Nothing of it may be under way."""
+    if group in dist.distributed_c10d._world.pg_map:  # the world may have been left before
+        dist.destroy_process_group(group)
 
 
 def limit_waiting(seconds: float) -> None:
     """From now on a collective of any group fails if it takes longer. To be called by all ranks together.
 
-    All groups that this rank is in so far are meant, DeviceMesh's too; a later one has a limit of its own.
+    All groups that this rank is in so far are meant; a later one has a limit of its own.
     """
     dist.barrier()
     for group in list(dist.distributed_c10d._world.pg_map):

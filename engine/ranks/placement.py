@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
 from engine.config import ConfigError, RunConfig
 
 
@@ -70,14 +68,15 @@ class Placement:
         share = global_batch // self.replicas
         return slice(self.replica * share, (self.replica + 1) * share)
 
-    def mesh(self, device_type: str) -> DeviceMesh:
-        """Dimension `peer` is the exchange group of this rank, dimension `replica` its replica group.
+    @property
+    def replica_ranks(self) -> range:
+        """The ranks that hold this rank's peers, and average their gradients, this one among them."""
+        return range(self.group * self.replicas, (self.group + 1) * self.replicas)
 
-        Args:
-            device_type: of the tensors that are sent; those of `meta` are sent like the CPU's.
-        """
-        device_type = "cpu" if device_type == "meta" else device_type
-        return init_device_mesh(device_type, (self.groups, self.replicas), mesh_dim_names=("peer", "replica"))
+    @property
+    def exchange_ranks(self) -> range:
+        """The ranks that see this rank's rows, one of each group of peers, in the order of the groups."""
+        return range(self.replica, self.world, self.replicas)
 
     def __str__(self) -> str:
         peers = (

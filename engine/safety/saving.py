@@ -22,6 +22,7 @@ from torch import Tensor
 
 from engine.cohort.cohort import Cohort
 from engine.files import sync
+from engine.ranks.collectives import leave
 from engine.ranks.tables import ShardedTable, parts
 from engine.safety.checkpoint import (
     FileEntry,
@@ -139,6 +140,8 @@ class Saver:
     def close(self) -> None:
         """Lets what is being written come to its end, whatever that is."""
         self._thread.shutdown()
+        if self._writes:
+            leave(self.group)
 
     def _write(
         self, target: Path, states: dict[str, Any], manifest: Manifest | None, keep: int, failure: str | None

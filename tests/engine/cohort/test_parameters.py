@@ -16,7 +16,7 @@ import models
 from engine.cohort.cohort import Cohort
 from engine.config import ConfigError, RunConfig
 from engine.preflight import check_run
-from engine.ranks.collectives import Launch
+from engine.ranks.collectives import Launch, group_of
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.safety import checkpoint, loading
@@ -214,7 +214,7 @@ def test_dcm_is_one_all_gather_of_one_probability_tensor(peers: int) -> None:
 def sent_at_imagenet_size() -> list[list[int]]:
     """What one of two ranks puts in: DCM's signals for 128 rows of 1000 classes; then ResNet-50, by either method."""
     placement = Placement(2, 1, 2, dist.get_rank())
-    exchange = Exchange(placement, placement.mesh("cpu").get_group("peer"))
+    exchange = Exchange(placement, group_of(placement.exchange_ranks))
     network = models.create("torchvision/resnet50", 1000)
     calls = []
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config import RunConfig
-from engine.ranks.collectives import all_gather, all_gather_with_gradient
+from engine.ranks.collectives import all_gather, all_gather_with_gradient, group_of
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.training.step import train_step
@@ -213,7 +213,7 @@ def signals_of(peer: int) -> dict[str, Tensor]:
 
 def exchanged(peers_per_rank: int, mode: str, wire: torch.dtype) -> Any:
     placement = Placement(4, peers_per_rank, dist.get_world_size(), dist.get_rank())
-    exchange = Exchange(placement, placement.mesh("cpu").get_group("peer"), wire)
+    exchange = Exchange(placement, group_of(placement.exchange_ranks), wire)
     own = {k: {n: x.requires_grad_() for n, x in signals_of(k).items()} for k in placement.residents}
     with Recorder() as recorder:
         first = exchange(own, mode)
@@ -261,7 +261,7 @@ def test_mode_none_leaves_the_others_empty() -> None:
 def gradients_come_back(mode: str) -> Any:
     rank, world = dist.get_rank(), dist.get_world_size()
     placement = Placement(world, 1, world, rank)
-    exchange = Exchange(placement, placement.mesh("cpu").get_group("peer"))
+    exchange = Exchange(placement, group_of(placement.exchange_ranks))
     x = torch.full((2, 3), float(rank), requires_grad=True)
     signals = exchange({rank: {"logits": x}}, mode)
     # Rank r's share of the objective is sum_k (r + 1)(k + 1) sum(x_k), so that dL/dx_k = (k + 1) sum_r (r + 1).
@@ -287,7 +287,7 @@ IMAGE_IDS = torch.tensor(
 def all_rows(peers: int, peers_per_rank: int, wire: torch.dtype, mode: str) -> Any:
     """What this rank is shown of 12 rows, `wide` for all of them: of peer k, row n, column c, 100 k + n + c / 8."""
     placement = Placement(peers, peers_per_rank, dist.get_world_size(), dist.get_rank())
-    exchange = Exchange(placement, placement.mesh("cpu").get_group("peer"), wire)
+    exchange = Exchange(placement, group_of(placement.exchange_ranks), wire)
     mine = torch.arange(12)[placement.rows(12)]
     own = {
         k: {

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from engine import trainer
 from engine.config import RunConfig
 from engine.files import write_text
-from engine.ranks.collectives import Launch, limit_waiting, record_flights
+from engine.ranks.collectives import Launch, group_of, limit_waiting, record_flights
 from engine.ranks.heartbeat import RankLostError
 from engine.ranks.placement import Placement
 from tests.kills import running
@@ -81,11 +81,12 @@ def test_the_others_name_the_rank_that_is_lost(tiny: Path, tmp_path: Path, culpr
 def wait_in_vain(placement: Placement) -> list[str]:
     """The errors of collectives of all groups with a rank that does not come, in a world of four."""
     rank = dist.get_rank()
-    mesh = Placement(placement.num_peers, placement.peers_per_rank, placement.world, rank).mesh("cpu")
+    mine = Placement(placement.num_peers, placement.peers_per_rank, placement.world, rank)
+    groups = [group_of(mine.replica_ranks), group_of(mine.exchange_ranks)]
     limit_waiting(0.5)
     errors = []
     if rank != 3:
-        for group in (dist.group.WORLD, mesh.get_group("peer"), mesh.get_group("replica")):
+        for group in (dist.group.WORLD, *groups[::-1]):
             assert group is not None
             if 3 in dist.get_process_group_ranks(group):
                 try:

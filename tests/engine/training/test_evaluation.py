@@ -19,6 +19,7 @@ import models
 from data_pipelines import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.resident import ResidentSet
+from engine.ranks.collectives import group_of
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.training.evaluation import Score, Scores, evaluate
@@ -71,7 +72,7 @@ class Loses(Cut):
 
 def scored(peers: list[nn.Module], peers_per_rank: int, pipeline: Any, batches: list[int]) -> list[Scores]:
     placement = Placement(len(peers), peers_per_rank, dist.get_world_size(), dist.get_rank())
-    exchange = Exchange(placement, placement.mesh("cpu").get_group("peer"))
+    exchange = Exchange(placement, group_of(placement.exchange_ranks))
     own = {k: peers[k] for k in placement.residents}
     return [evaluate(own, exchange, placement, pipeline, batch=batch, device=CPU) for batch in batches]
 
@@ -199,7 +200,7 @@ def test_networks_come_back_in_the_mode_they_were_in_and_unchanged(tiny: Path) -
 
 def bf16_scores(peers: list[nn.Module], pipeline: Any) -> Scores:
     placement = Placement(2, 2, 1, 0)
-    exchange = Exchange(placement, placement.mesh("cpu").get_group("peer"))
+    exchange = Exchange(placement, group_of(placement.exchange_ranks))
     return evaluate(
         dict(enumerate(peers)), exchange, placement, pipeline, batch=10, device=CPU, autocast=torch.bfloat16
     )

@@ -1,0 +1,57 @@
+"""Groups of ranks: who is in them, and that none is left over when a cohort is built anew, as after a rollback."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.ranks.collectives import group_of, leave
+from engine.ranks.placement import Placement
+from tests.engine.stepping import cohort_of, config_of, do_steps
+from tests.worlds import run_world
+
+
+def _sums(peers_per_rank: int) -> list[float]:
+    """What adding up ranks in this rank's two groups gives."""
+    placement = Placement(4, peers_per_rank, dist.get_world_size(), dist.get_rank())
+    found = []
+    for ranks in (placement.replica_ranks, placement.exchange_ranks):
+        group, number = group_of(ranks), torch.tensor([float(dist.get_rank())])
+        dist.all_reduce(number, group=group)
+        found.append(number.item())
+    return found
+
+
+def test_each_rank_is_in_the_group_of_its_replicas_and_in_that_of_its_rows() -> None:
+    """Four ranks: two hold peers 0 and 1, two hold 2 and 3; ranks 0 and 2 see the same rows, and 1 and 3 do."""
+    assert run_world(4, _sums, 2) == [[1.0, 2.0], [1.0, 4.0], [5.0, 2.0], [5.0, 4.0]]
+    assert run_world(2, _sums, 4) == [[1.0, 0.0], [1.0, 1.0]]
+
+
+def _left_over() -> tuple[int, int, int]:
+    before = len(dist.distributed_c10d._world.pg_map)
+    held = 0
+    for _ in range(3):
+        cohort = cohort_of(config_of(placement={"kind": "spread"}))
+        do_steps(cohort, [0])
+        held = len(dist.distributed_c10d._world.pg_map)
+        cohort.close()
+    return before, held, len(dist.distributed_c10d._world.pg_map)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_cohort_that_is_built_anew_leaves_no_group_behind(ranks: int) -> None:
+    for before, held, after in run_world(ranks, _left_over):
+        assert (held, after) == (before + 2, before)
+
+
+def _leave_twice() -> bool:
+    group = group_of(range(dist.get_world_size()))
+    leave(group)
+    leave(group)
+    return True
+
+
+def test_a_group_may_be_left_when_the_world_has_gone() -> None:
+    assert run_world(2, _leave_twice) == [True, True]
