@@ -56,6 +56,7 @@ class ImageFolder(Pipeline):
         self.train_targets = self._sampling.targets
         self._config, self._seed, self._device = config, seed, device
         self._normalise = Normalise(*config.normalisation, config.image.size, device)
+        self._idle: dict[Plan, Graph] = {}
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cohort-reader")
 
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
@@ -105,12 +106,14 @@ class ImageFolder(Pipeline):
     def close(self) -> None:
         """See :meth:`data_pipelines.contract.Pipeline.close`."""
         self._readers.shutdown(cancel_futures=True)
+        self._idle.clear()
 
     def _batches(self, files: Files, prepare: Callable[[int], Work], steps: range, plan: Plan) -> Iterator[Batch]:
         if not steps:
             return
-        # A graph of its own for each pass: training may pause for an evaluation with batches in flight.
-        graph = self._graph(plan)
+        # Building one takes time, a second or two on a GPU. One is of a single pass at a time: training may pause for an
+        # evaluation, with batches in flight.
+        graph = self._idle.pop(plan, None) or self._graph(plan)
         pending: deque[Work] = deque()
         try:
             for work in _ahead(self._readers, prepare, steps):
@@ -120,6 +123,8 @@ class ImageFolder(Pipeline):
                     yield self._finish(graph, files, pending)
             while pending:
                 yield self._finish(graph, files, pending)
+            if files is self._train:  # What validates is used once an epoch, and its memory is wanted for training.
+                self._idle[plan] = graph
         except RuntimeError as error:
             broken = self._broken_file(files, pending, plan)
             if broken is None:

@@ -205,7 +205,7 @@ def _known_waits(cohort: Cohort) -> Iterator[str]:
         yield f"optimizer.name = {cohort.config.optimizer.name}: is not fused, so each update waits for its flag"
     if any(isinstance(module, ShardedTable) for module in cohort.method.modules()):
         yield "method.bank_sharded = True: each reading of a bank waits for the number of rows that each rank wants"
-    if any(isinstance(module, nn.SyncBatchNorm) for peer in _modules(cohort) for module in peer.modules()):
+    if cohort.config.train.sync_bn and cohort.placement.replicas > 1:
         yield "train.sync_bn = True: each layer waits for the number of rows of each rank"
 
 

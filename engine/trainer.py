@@ -142,7 +142,7 @@ class _Run:
         self._alert = self.tracker.alert if self.tracker else None
         self._told: Told = frozenset()
         self.saver = Saver(config.folder, self.cohort, self.tracker.say if self.tracker else _say_nothing)
-        if self.step < self.steps and self.cohort.averages_gradients:
+        if self.step < self.steps:
             share = config.data.global_batch // placement.replicas // config.train.accumulation
             settle(self.cohort, share, self._progress)
         self.clock = Clock(device)

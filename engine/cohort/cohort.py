@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data_pipelines import Batch, Pipeline
 from engine.cohort.buffers import Remembered, average, floats
 from engine.cohort.building import Builder
-from engine.cohort.precision import AUTOCAST, autocast
+from engine.cohort.precision import AUTOCAST, autocast, exact_products
 from engine.cohort.randomness import Streams
 from engine.cohort.teacher import Teacher
 from engine.config import ConfigError, RunConfig
@@ -98,11 +98,6 @@ class Cohort:
             raise ConfigError(f"method.name = {self.method.name}: {error}") from None
 
     @property
-    def averages_gradients(self) -> bool:
-        """Whether any gradient of this cohort is averaged over ranks, here or elsewhere."""
-        return self.placement.replicas > 1 or (self.placement.world > 1 and self.shared_optimizer is not None)
-
-    @property
     def views(self) -> Sequence[int]:
         """The augmentations of an image that this rank's peers see."""
         return self.placement.residents if self.config.data.views == "per_peer" else (0,)
@@ -149,7 +144,8 @@ class Cohort:
         views = {k: images for k, images in self.views_of(batch).items() if k in peers}
         signals: dict[int, Signals] = {}
         with autocast(self.device, self.autocast):
-            below = self.trunk(views, partial(self._before_trunk, step, micro)) if self.trunk else {}
+            before = partial(self.streams.before_trunk, step, micro, per_peer=self.config.data.views == "per_peer")
+            below = self.trunk(views, before) if self.trunk else {}
             for k, images in views.items():
                 resident = self.residents[k]
                 self.streams.before_peer(k, step, micro)
@@ -165,9 +161,6 @@ class Cohort:
                     seen = self.method.look(views, progress)
                 signals = {k: {**own, **seen.get(k, {})} for k, own in signals.items()}
         return signals
-
-    def _before_trunk(self, step: int, micro: int, peer: int) -> None:
-        self.streams.before_trunk(peer if self.config.data.views == "per_peer" else None, step, micro)
 
     @property
     def private(self) -> Sequence[str]:
@@ -194,7 +187,8 @@ class Cohort:
         if not learners:
             return {}
         self.streams.before_objective(progress.step, micro)
-        return self.wrapped_method(learners, signals, targets, progress)
+        with exact_products(self.device):
+            return self.wrapped_method(learners, signals, targets, progress)
 
     def exchange_after(self, step: int) -> Callable[..., Sequence[Signals]]:
         """What a method exchanges by after update number `step`."""
@@ -230,8 +224,8 @@ class Cohort:
 
         Each rank's statistics are linear in its batches, so averaging now and going on is the same as averaging later.
         """
-        averages = [r.ema for r in self.residents.values() if r.ema is not None]
-        average(floats([*(r.peer for r in self.residents.values()), *averages]), self.replica_group)
+        own = [module for r in self.residents.values() for module in (r.peer, r.ema) if module is not None]
+        average(floats(own), self.replica_group)
         # Of a method's other buffers only the method knows what they mean; in evaluation mode statistics stay fixed.
         statistics = [module for module in self.method.modules() if isinstance(module, _BatchNorm) and module.training]
         trunk = [self.trunk.module] if self.trunk else []

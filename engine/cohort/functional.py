@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
-from engine.cohort.precision import autocast
+from engine.cohort.precision import autocast, exact_products
 from losses import Progress, Signals
 from losses.capabilities import OuterProblem, OuterStep
 from losses.functional import flat
@@ -30,7 +30,7 @@ def outer_gradients(cohort: Cohort, batch: Batch, progress: Progress) -> bool:
     decay = {k: {id(p): group["weight_decay"] for group in own for p in group["params"]} for k, own in groups.items()}
     named = {k: dict(r.peer.named_parameters()) for k, r in cohort.residents.items()}
     # torch.compile has no second derivative.
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), exact_products(cohort.device):
         found = method.outer_step(
             OuterStep(
                 parameters=named,

@@ -40,6 +40,11 @@ class Peer(nn.Module):
             available |= self.head(available)
         return {name: available[name] for name in self._signals}
 
+    def drop_maps(self) -> None:
+        """Lets go of feature maps that a forward pass of the network alone, as in an evaluation, has left behind."""
+        if self._taps is not None:
+            self._taps.take()
+
 
 @dataclass
 class Resident:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,23 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
         return contextlib.nullcontext()
     # Tensors without numbers have no autocast of their own, and must take as much room as real ones.
     return _CastOnMeta(dtype) if device.type == "meta" else torch.autocast(device.type, dtype=dtype)
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices are exact within, whatever `precision.tf32` says of networks.
+
+    Products of embeddings are divided by a small temperature: with TF32's ten bits KL(x, x) would not be 0.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 _CAST = {

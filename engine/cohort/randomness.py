@@ -65,9 +65,9 @@ class Streams:
         """Before the objective, in which modules that all peers share may draw."""
         self._before_forward(self.num_peers, step, micro)
 
-    def before_trunk(self, k: int | None, step: int, micro: int) -> None:
+    def before_trunk(self, step: int, micro: int, k: int, *, per_peer: bool) -> None:
         """Before a forward pass of the shared trunk, on the view of peer k, or on the one that all peers see."""
-        self._before_forward(self.num_peers + 1 + (k or 0), step, micro)
+        self._before_forward(self.num_peers + 1 + (k if per_peer else 0), step, micro)
 
     def before_teacher(self, k: int, step: int, micro: int) -> None:
         """Before a forward pass of the teacher that follows peer k."""

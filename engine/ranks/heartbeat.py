@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,14 @@ class RankLostError(RuntimeError):
 
 @contextlib.contextmanager
 def heartbeat(launch: Launch, where: Callable[[], str], warn_after: float) -> Iterator[None]:
-    """Beats until its body is over, and tells of ranks that are silent.
+    """Beats until its body is over, and tells of ranks that are silent, or that the others wait for.
+
+    A thread beats, so a rank whose program hangs is heard of all the same; how long it has been where it is tells.
+    NCCL's watchdog ends the process of a rank that has waited too long, so what there is to say is said before.
 
     Args:
-        where: says where this rank is, such as "step 17".
-        warn_after: seconds of silence after which the first two ranks warn of a rank.
+        where: says where this rank is, such as "step 17, exchange done".
+        warn_after: seconds after which the first two ranks warn of a rank that is silent or does not move.
 
     Raises:
         RankLostError: in place of the error of a collective that failed in the body.
@@ -93,6 +96,7 @@ class _Pulse:
 
     def __init__(self, launch: Launch, where: Callable[[], str]) -> None:
         self.rank, self.world, self._where, self._count = launch.rank, launch.world, where, 0
+        self._place, self._since = "", time.monotonic()
         self.holder = (
             f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, rank 0's or torchrun's there,"
         )
@@ -106,8 +110,16 @@ class _Pulse:
         self.beat()
 
     def beat(self) -> None:
+        place = self._where()
+        if place != self._place:
+            self._place, self._since = place, time.monotonic()
         self._count += 1
-        self.say(f"{self._count} {self._where()}")
+        self.say(f"{self._count} {place}, for {self.stays:.0f} s")
+
+    @property
+    def stays(self) -> float:
+        """Seconds for which this rank has been where it is."""
+        return time.monotonic() - self._since
 
     def say(self, words: str) -> None:
         self._store.set(f"heartbeat/{self.rank}", words)
@@ -125,19 +137,37 @@ class _Pulse:
             self.beat()
         now = self.hear(range(self.world))
         lost = [_sentence(rank, words) for rank, words in now.items() if words == before.get(rank) and words != ENDED]
+        if lost:
+            return "\n".join(lost)
         others = "; ".join(f"rank {rank}: {words.partition(' ')[2] or words}" for rank, words in now.items())
-        return "\n".join(lost) or f"No other rank is lost: {others}."
+        return f"{_behind({**now, self.rank: f'0 {self._place}'})}: {others}."
 
 
 def _sentence(rank: int, words: str) -> str:
-    count, _, where = words.partition(" ")
+    count, _, where = words.partition(", for ")[0].partition(" ")
     beating = count.isdigit()
     return f"Rank {rank} {f'does not answer; it was last heard of at {where}' if beating else words}."
+
+
+_PARTS = ("start", "data", "forward", "exchange", "backward", "optimizer")
+_PLACE = re.compile(rf"\d+ step (\d+), ({'|'.join(_PARTS)}) done")
+
+
+def _behind(words: Mapping[int, str]) -> str:
+    """Which ranks are where the others have been before, by what all say."""
+    places = {rank: (int(m[1]), _PARTS.index(m[2])) for rank, said in words.items() if (m := _PLACE.match(said))}
+    least = min(places.values(), default=None)
+    late = [rank for rank, place in places.items() if place == least]
+    if len(late) == len(places):
+        return "No other rank is lost"
+    names = ", ".join(str(rank) for rank in late)
+    return f"{'Ranks' if len(late) > 1 else 'Rank'} {names} {'are' if len(late) > 1 else 'is'} behind the others"
 
 
 def _beat(pulse: _Pulse, over: threading.Event, warn_after: float) -> None:
     heard: dict[int, tuple[str, float]] = {}
     warned: set[int] = set()
+    waits = False
     looked = time.monotonic()
     while not over.wait(PERIOD):
         try:
@@ -146,6 +176,12 @@ def _beat(pulse: _Pulse, over: threading.Event, warn_after: float) -> None:
             if pulse.rank > 1 or time.monotonic() - looked < warn_after / 4:
                 continue
             looked = time.monotonic()
+            if pulse.stays >= warn_after:
+                if not waits:
+                    print(f"warning: rank {pulse.rank} waits: {pulse.look_around()}", file=sys.stderr, flush=True)
+                waits = True
+            else:
+                waits = False
             for rank, words in pulse.hear(range(1 if pulse.rank else pulse.world)).items():
                 if rank not in heard or heard[rank][0] != words:
                     heard[rank] = words, looked

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -72,10 +73,7 @@ def evaluate(
     loss, squares, totals, gaps, lengths = sums.split(sizes)
     # Images, sum of their ids, sum of the squares of their ids; disagreements of all pairs.
     seen = torch.zeros(4, dtype=torch.int64, device=device)
-    training = {k: network.training for k, network in networks.items()}
-    for network in networks.values():
-        network.eval()
-    with torch.inference_mode():
+    with _evaluated(networks), torch.inference_mode():
         for rows in pipeline.evaluate(placement.replica, placement.replicas, batch):
             with autocast(device, dtype):
                 own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
@@ -101,8 +99,6 @@ def evaluate(
                 if pairs:
                     gaps += torch.stack([(centred[i] - centred[j]).square().sum() for i, j in pairs])
                 seen += torch.stack([torch.tensor(len(ids), device=device), ids.sum(), (ids * ids).sum(), different])
-    for k, network in networks.items():
-        network.train(training[k])
 
     dist.all_reduce(right)
     dist.all_reduce(sums)
@@ -150,6 +146,7 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
             values |= {f"{prefix}/{name}/{key}": value for key, value in asdict(score).items()}
         values |= {f"{prefix}/{name}/apart": apart for name, apart in zip(names, scores.apart, strict=False)}
         values[f"{prefix}/disagreement"] = scores.disagreement
+    _drop_maps(cohort)
     return values
 
 
@@ -167,20 +164,38 @@ def survey(cohort: Cohort, pipeline: Pipeline) -> bool:
     cohort.average_buffers()
     placement, networks = cohort.placement, cohort.networks()
     total = torch.zeros(placement.num_peers**2 + 1, dtype=torch.float64, device=cohort.device)
-    for network in networks.values():
-        network.eval()
-    with torch.no_grad():
+    with _evaluated(networks), torch.no_grad():
         for rows in pipeline.held_out(placement.replica, placement.replicas, cohort.config.evaluation.batch):
             with autocast(cohort.device, cohort.autocast):
                 own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
             total[:-1] += method.survey(cohort.exchange(own, wire=torch.float32), rows.targets).flatten()
             total[-1] += len(rows.targets)
-    for network in networks.values():
-        network.train()
+    _drop_maps(cohort)
     # All groups of peers have the same sums; over the world they come out the same bits everywhere.
     dist.all_reduce(total)
     method.begin_epoch((total[:-1] / total[-1]).view(placement.num_peers, placement.num_peers))
     return True
+
+
+@contextlib.contextmanager
+def _evaluated(networks: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Networks are in evaluation mode within, and afterwards in the one that they were in."""
+    training = {k: network.training for k, network in networks.items()}
+    for network in networks.values():
+        network.eval()
+    try:
+        yield
+    finally:
+        for k, network in networks.items():
+            network.train(training[k])
+
+
+def _drop_maps(cohort: Cohort) -> None:
+    """Frees the feature maps that networks have left in their taps, where they would lie until the next step."""
+    for resident in cohort.residents.values():
+        resident.peer.drop_maps()
+    if cohort.trunk:
+        cohort.trunk.taps.take()
 
 
 def _count(logits: Tensor, targets: Tensor, right: Tensor, loss: Tensor) -> None:

@@ -111,8 +111,11 @@ def settle(cohort: Cohort, rows: int, progress: Progress) -> None:
 
     DDP lays its buckets out anew after the first backward pass, and the sum over three or more ranks rounds differently
     in another layout. So that a resumed run adds up like one that never stopped, the layout is settled before the
-    first step of either.
+    first step of either; unless no gradient is averaged, here or elsewhere.
     """
+    placement = cohort.placement
+    if placement.replicas == 1 and (placement.world == 1 or cohort.shared_optimizer is None):
+        return
     side, device = cohort.image_size, cohort.device
     images = torch.zeros(rows, cohort.channels, side, side, device=device).contiguous(memory_format=torch.channels_last)
     nothing = torch.zeros(rows, dtype=torch.int64, device=device)

@@ -51,6 +51,20 @@ def test_a_batch_is_as_promised(pipeline: Pipeline) -> None:
     cutting.assert_a_batch_is_as_promised(pipeline, np.repeat([0, 1, 2], 9))
 
 
+def test_the_next_epoch_goes_on_with_the_graph_of_the_one_before(photos: Path, pipeline: Pipeline) -> None:
+    other = _open(photos)
+    list(pipeline.train(0, 0, slice(0, 8)))
+    [built] = pipeline._idle.values()  # type: ignore[attr-defined]
+    second, paused = list(pipeline.train(1, 0, slice(0, 8))), pipeline.train(2, 0, slice(0, 8))
+    assert list(pipeline._idle.values()) == [built]  # type: ignore[attr-defined]
+    next(paused)
+    beside = list(pipeline.train(1, 0, slice(0, 8)))  # while another pass has the graph
+    for mine, again, expected in zip(second, beside, other.train(1, 0, slice(0, 8)), strict=True):
+        assert torch.equal(mine.images, expected.images)
+        assert torch.equal(again.images, expected.images)
+    other.close()
+
+
 def test_rows_do_not_depend_on_the_cut(pipeline: Pipeline) -> None:
     cutting.assert_rows_do_not_depend_on_the_cut(pipeline)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,30 @@ def test_the_others_name_the_rank_that_is_lost(tiny: Path, tmp_path: Path, culpr
     for rank, text in zip(others, said, strict=True):
         assert text.startswith(f"rank {rank} of 3, step 8, "), said
         assert re.search(f"{expected}|{gone}" if rank or culprit == 0 else expected, text), said
+
+
+def misbehave_aloud(config: RunConfig) -> None:
+    """As `misbehave`; what a rank prints goes into a file."""
+    rank = Launch.from_environment().rank
+    with open(config.folder / f"said{rank}", "w") as sys.stderr:
+        misbehave(config, 2, "busy")
+
+
+def test_a_rank_whose_program_hangs_is_named_before_the_others_give_up(tiny: Path, tmp_path: Path) -> None:
+    """NCCL ends the process of who gives up, so then is too late."""
+    config = small_run(tiny, tmp_path, peers=3, train={"timeout": 14.0})
+    said = tmp_path / "said0"
+    deadline = time.monotonic() + 60
+    with running(3, config, misbehave_aloud):
+        while not said.exists() or "waits" not in said.read_text():
+            assert time.monotonic() < deadline, "nothing was said within 60 s"
+            assert not (tmp_path / "rank0").exists(), "the rank had given up"
+            time.sleep(0.1)
+    assert re.search(
+        r"warning: rank 0 waits: Rank 2 is behind the others: rank 1: step 8, \w+ done, for \d+ s; "
+        r"rank 2: step 8, data done, for \d+ s\.\n",
+        said.read_text(),
+    )
 
 
 def wait_in_vain(placement: Placement) -> list[str]:
