@@ -111,7 +111,7 @@ class ImageFolder(Pipeline):
     def _batches(self, files: Files, prepare: Callable[[int], Work], steps: range, plan: Plan) -> Iterator[Batch]:
         if not steps:
             return
-        # Building one takes time, a second or two on a GPU. One is of a single pass at a time: training may pause for an
+        # Building one takes a second or two on a GPU. One is of a single pass at a time: training may pause for an
         # evaluation, with batches in flight.
         graph = self._idle.pop(plan, None) or self._graph(plan)
         pending: deque[Work] = deque()

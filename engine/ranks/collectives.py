@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -55,13 +56,6 @@ def choose_device(wanted: str, launch: Launch) -> torch.device:
 
 def start(launch: Launch, device: torch.device) -> None:
     """Joins the process group: gloo for CPU tensors, NCCL for CUDA tensors where each rank has a GPU of its own."""
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        # NCCL refuses two ranks on one GPU, unless a new one is told to try; gloo takes CUDA tensors too, more slowly.
-        shared = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-        backend = "cpu:gloo,cuda:nccl" if shared or ranks_here <= torch.cuda.device_count() else "gloo"
     store: Any = dist.HashStore()  # type: ignore[attr-defined]
     if "RANK" in os.environ:
         store, _, _ = next(rendezvous("env://", timeout=FIRST_STEP_TIMEOUT))
@@ -71,7 +65,40 @@ def start(launch: Launch, device: torch.device) -> None:
             # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"restart_{attempt}", store)  # type: ignore[attr-defined]
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        # A new NCCL may be told to take two ranks on one GPU.
+        if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1" and is_shared(gpu, store, launch.world):
+            backend = "gloo"
+            if launch.rank == 0:
+                print(
+                    "warning: some ranks share a GPU, which NCCL refuses: all communicate over gloo, which is slower; "
+                    "start as many ranks on a machine as it has GPUs",
+                    file=sys.stderr,
+                    flush=True,
+                )
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=FIRST_STEP_TIMEOUT)
+
+
+def is_shared(gpu: str, store: Any, world: int) -> bool:
+    """Whether any two ranks of the world compute on one GPU: the same answer on all ranks, which all ask.
+
+    How many GPUs a rank sees says nothing of it: schedulers often show each rank a single one, its own.
+
+    Args:
+        gpu: what tells this rank's GPU from all others.
+        store: that the world meets in.
+        world: number of ranks.
+    """
+    if store.add(f"gpu/{gpu}", 1) > 1:
+        store.add("gpus_shared", 1)
+    if store.add("gpus_told", 1) == world:
+        store.set("gpus_all_told", "1")
+    store.wait(["gpus_all_told"], FIRST_STEP_TIMEOUT)
+    return bool(store.add("gpus_shared", 0))
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines import Pipeline
+from engine.cohort import precision
 from engine.cohort.cohort import Cohort
-from engine.cohort.precision import autocast
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
 from losses.capabilities import HeldOutSurveys
@@ -56,7 +56,7 @@ def evaluate(
     *,
     batch: int,
     device: torch.device,
-    dtype: torch.dtype | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Scores:
     """Scores the peers of this job; every rank calls it with its residents' networks and gets the same result.
 
@@ -75,7 +75,7 @@ def evaluate(
     seen = torch.zeros(4, dtype=torch.int64, device=device)
     with _evaluated(networks), torch.inference_mode():
         for rows in pipeline.evaluate(placement.replica, placement.replicas, batch):
-            with autocast(device, dtype):
+            with precision.autocast(device, autocast):
                 own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
             signals = exchange(own)
             logits = torch.stack([signals[k]["logits"] for k in placement.peers])
@@ -139,7 +139,7 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
             pipeline,
             batch=cohort.config.evaluation.batch,
             device=cohort.device,
-            dtype=cohort.autocast,
+            autocast=cohort.autocast,
         )
         named = {**dict(zip(names, scores.peers, strict=True)), "ensemble": scores.ensemble}
         for name, score in named.items():
@@ -166,7 +166,7 @@ def survey(cohort: Cohort, pipeline: Pipeline) -> bool:
     total = torch.zeros(placement.num_peers**2 + 1, dtype=torch.float64, device=cohort.device)
     with _evaluated(networks), torch.no_grad():
         for rows in pipeline.held_out(placement.replica, placement.replicas, cohort.config.evaluation.batch):
-            with autocast(cohort.device, cohort.autocast):
+            with precision.autocast(cohort.device, cohort.autocast):
                 own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
             total[:-1] += method.survey(cohort.exchange(own, wire=torch.float32), rows.targets).flatten()
             total[-1] += len(rows.targets)

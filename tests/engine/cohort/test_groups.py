@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from engine.ranks.collectives import group_of, leave
+from engine.ranks.collectives import group_of, is_shared, leave
 from engine.ranks.placement import Placement
 from tests.engine.stepping import cohort_of, config_of, do_steps
-from tests.worlds import run_world
+from tests.worlds import run_ranks, run_world
 
 
 def _sums(peers_per_rank: int) -> list[float]:
@@ -44,6 +46,22 @@ def _left_over() -> tuple[int, int, int]:
 def test_a_cohort_that_is_built_anew_leaves_no_group_behind(ranks: int) -> None:
     for before, held, after in run_world(ranks, _left_over):
         assert (held, after) == (before + 2, before)
+
+
+def _asked(gpus: list[str]) -> bool:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world, is_master=rank == 0)  # type: ignore[attr-defined]
+    answer = is_shared(gpus[rank], store, world)
+    if store.add("answered", 1) == world:
+        store.set("all_answered", "1")
+    store.wait(["all_answered"])
+    return answer
+
+
+@pytest.mark.parametrize(("gpus", "shared"), [(["a", "b", "c"], False), (["a", "b", "a"], True)])
+def test_all_ranks_know_whether_any_two_share_a_gpu(gpus: list[str], shared: bool) -> None:
+    assert run_ranks(3, _asked, gpus) == [shared] * 3
 
 
 def _leave_twice() -> bool:
