@@ -23,6 +23,7 @@ from engine.ranks.meeting import foreign, path_of
 from engine.ranks.placement import Placement, plan
 from engine.safety import checkpoint, rollback
 from losses import METHODS, PeerInfo
+from losses.capabilities import OuterProblem
 from models.weightless import weightless
 
 
@@ -42,6 +43,12 @@ def check_run(
     check_optimizer(config.optimizer)
     if config.train.sync_bn and device.type != "cuda":
         raise ConfigError("train.sync_bn = True: works on CUDA devices only, this rank runs on the CPU; expected false")
+    method = METHODS[config.method.name]
+    if config.train.sync_bn and issubclass(method, OuterProblem) and method.has_outer_problem(config.method):
+        raise ConfigError(
+            f"train.sync_bn = True: {method.name}'s outer problem differentiates twice, which SyncBatchNorm cannot; "
+            "expected false, or method.meta_interval = null"
+        )
     if config.data.decoding.decoder == "mixed" and device.type != "cuda":
         raise ConfigError(
             "data.decoding.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"

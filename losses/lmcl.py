@@ -156,6 +156,10 @@ class LMCL(OuterProblem, StageTaps, Unsynchronised, Contrastive):
 
     # -- the outer problem --------------------------------------------------------------------------------------------
 
+    @classmethod
+    def has_outer_problem(cls, options: LMCLOptions) -> bool:
+        return options.meta_interval is not None
+
     def outer(self, head: nn.Module) -> Sequence[nn.Parameter]:
         assert isinstance(head, Exits)
         return tuple(head.match.parameters()) if self.options.meta_interval else ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,6 +41,11 @@ class OuterStep:
 
 class OuterProblem(ABC):
     """Owns parameters that an outer step moves."""
+
+    @classmethod
+    @abstractmethod
+    def has_outer_problem(cls, options: Any) -> bool:
+        """Whether there is one with these options."""
 
     @abstractmethod
     def outer(self, head: nn.Module) -> Sequence[nn.Parameter]:

@@ -15,6 +15,8 @@ class Case:
 
     method: dict[str, Any]
     peers: int = 2
+    networks: list[dict[str, Any]] | None = None
+    """Other peers than the small ResNets."""
     sections: dict[str, Any] = field(default_factory=dict)
     waits: str = ""
     """Why the host has to wait for the device in its steps, if it is known to."""

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from data_pipelines import DataConfig, open_pipeline
 from engine.cohort.cohort import Cohort
+from engine.cohort.precision import set_precision
 from engine.config import RunConfig
 from engine.ranks.placement import plan
 from engine.safety import checkpoint, loading
@@ -25,8 +27,9 @@ from engine.training.step import train_step
 from engine.training.timing import Clock
 from launch.bench.gpu.disk import make_photos
 from losses import Progress
-from tests.gpu.cases import CASES
-from tests.gpu.steps import CPU, a_cohort, a_config, spread_steps, train, world
+from tests.engine.stepping import STEPS_PER_EPOCH, state
+from tests.gpu.cases import CASES, Case
+from tests.gpu.steps import CPU, a_cohort, a_config, on_the_device, spread_steps, train, world
 from tests.runs import small_run, train_here, weights
 from tests.worlds import run_ranks
 
@@ -204,6 +207,50 @@ def decoders(tiny: Path, folder: Path, device: str) -> list[list[torch.Tensor]] 
     return run_ranks(1, pixels_of, folder, ("mixed" if device == "cuda" else "cpu", "cpu"), device)[0]
 
 
+SYNCHRONISED: dict[str, Case] = {
+    "dml": CASES["dml"],
+    "normalisation with activation": Case(
+        {"name": "dml"}, networks=[{"network": "timm/test_efficientnet", "copies": 2}], tolerance=2e-3
+    ),
+    "one": CASES["one"],
+    "dcm": CASES["dcm"],
+}
+"""Networks, auxiliary classifiers and gates whose BatchNorm sees the rows of all replicas."""
+
+
+def replicas_in_step(case: Case, device: str) -> dict[str, torch.Tensor]:
+    """The state after three steps of a cohort that is colocated on as many ranks as there are."""
+    with world(device) as where:
+        ranks = torch.distributed.get_world_size()
+        sections = {**case.sections, "train": {"sync_bn": ranks > 1}, "placement": {"kind": "colocated"}}
+        cohort = a_cohort(a_config(replace(case, sections=sections)), where)
+        train(cohort, 3)
+        return {name: x.cpu() for name, x in state(cohort).items()}
+
+
+def synchronised(name: str, tiny: Path, folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The states of a cohort whose two replicas share their statistics, and of one that is alone with all rows."""
+    case = SYNCHRONISED[name]
+    return run_ranks(2, replicas_in_step, case, device)[0], run_ranks(1, replicas_in_step, case, device)[0]
+
+
+def twins(case: Case, device: str) -> dict[str, float]:
+    """The terms of peers that show the same, in the default setting of TF32."""
+    with world(device) as where:
+        config = a_config(case, tf32=True)
+        set_precision(config, where)
+        cohort = a_cohort(config, where)
+        [batch], progress = on_the_device(cohort, 0), Progress(1, STEPS_PER_EPOCH, 8)
+        own = dict(cohort.forward(batch, progress, 0, range(2)))
+        terms = cohort.objective([0, 1], cohort.share(dict.fromkeys(own, own[0]), batch), batch.targets, progress, 0)
+        return {f"{k}/{name}": x.item() for (k, name), x in terms.items()}
+
+
+def exact_losses(name: str, tiny: Path, folder: Path, device: str) -> dict[str, float]:
+    """See `twins`."""
+    return run_ranks(1, twins, CASES[name], device)[0]
+
+
 Job = Callable[[Path, Path, str], Any]
 
 JOBS: dict[str, Job] = {
@@ -212,6 +259,8 @@ JOBS: dict[str, Job] = {
     "two ranks over gloo": partial(spread, {}),
     "two ranks over NCCL": partial(spread, SHARED_NCCL),
     **{f"resumed {name}": partial(resume, name) for name in RESUMED},
+    **{f"synchronised {name}": partial(synchronised, name) for name in SYNCHRONISED},
+    **{f"twins {name}": partial(exact_losses, name) for name in ("mcl_batch", "mcl_global")},
     "saving": saving,
     "evaluation": evaluation,
     "decoders": decoders,

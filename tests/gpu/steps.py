@@ -57,7 +57,7 @@ def exactly() -> None:
 def a_config(case: Case, **precision: Any) -> RunConfig:
     """The run of a case, in float32 unless it says otherwise."""
     sections = {**case.sections, "precision": {"tf32": False, **precision}}
-    return config_of(case.method, case.peers, **sections)
+    return config_of(case.method, case.networks or case.peers, **sections)
 
 
 def a_cohort(config: RunConfig, device: torch.device) -> Cohort:

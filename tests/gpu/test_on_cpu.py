@@ -34,3 +34,9 @@ def test_a_save_beside_training(tiny: Path, tmp_path: Path) -> None:
 def test_evaluation(tiny: Path, tmp_path: Path) -> None:
     found = JOBS["evaluation"](tiny, tmp_path, "cpu")
     assert found["device"] == found["cpu"]
+
+
+@pytest.mark.parametrize("case", ["mcl_batch", "mcl_memory"])
+def test_twins(case: str, tiny: Path, tmp_path: Path) -> None:
+    terms = JOBS[f"twins {case}"](tiny, tmp_path, "cpu")
+    assert all(abs(x) < 1e-6 for name, x in terms.items() if "soft" in name)

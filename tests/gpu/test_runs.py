@@ -10,7 +10,7 @@ import torch
 
 from tests.gpu.cases import CASES
 from tests.gpu.checks import assert_close, assert_terms_close, whole
-from tests.gpu.jobs import RESUMED, SPREAD
+from tests.gpu.jobs import RESUMED, SPREAD, SYNCHRONISED
 
 pytestmark = pytest.mark.gpu
 
@@ -84,3 +84,23 @@ def test_compiled_networks_give_the_terms_of_eager_ones(job: str, done: Done) ->
 def test_training_on_resident_images_never_waits_and_learns(job: str, done: Done) -> None:
     losses = done(job)
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize("job", [f"synchronised {name}" for name in SYNCHRONISED])
+def test_replicas_that_share_statistics_give_the_numbers_of_one_with_all_rows(
+    job: str, done: Done, device: str
+) -> None:
+    if device != "cuda":
+        pytest.skip("SyncBatchNorm works on CUDA devices only")
+    together, alone = done(job)
+    assert_close(together, alone, SYNCHRONISED[job.partition(" ")[2]].tolerance)
+
+
+@pytest.mark.parametrize("job", ["twins mcl_batch", "twins mcl_global", "twins mcl_memory"])
+def test_peers_that_show_the_same_have_nothing_to_teach_each_other(job: str, done: Done) -> None:
+    """KL(x, x) = 0 of products divided by 0.07, where networks may compute in TF32."""
+    terms = done(job)
+    soft = {name: x for name, x in terms.items() if "soft" in name}
+    assert soft
+    assert max(abs(x) for x in soft.values()) < 1e-6, soft
+    assert all(x > 0.1 for name, x in terms.items() if name.endswith("/ce"))
