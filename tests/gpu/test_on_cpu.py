@@ -36,7 +36,7 @@ def test_evaluation(tiny: Path, tmp_path: Path) -> None:
     assert found["device"] == found["cpu"]
 
 
-@pytest.mark.parametrize("case", ["mcl_batch", "mcl_memory"])
+@pytest.mark.parametrize("case", ["mcl_batch"])
 def test_twins(case: str, tiny: Path, tmp_path: Path) -> None:
     terms = JOBS[f"twins {case}"](tiny, tmp_path, "cpu")
     assert all(abs(x) < 1e-6 for name, x in terms.items() if "soft" in name)

@@ -86,10 +86,14 @@ def test_check_says_what_would_run_and_writes_nothing(
     config: Path, tmp_path: Path, command: Callable[..., Outcome]
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
-    assert command(config, "--check") == (
-        "small: dml; colocated: all peers on every rank, 1 rank a peer, 1 in all\n",
-        "",
-    )
+    said, errors = command(config, "--check")
+    first, data, steps, peers, memory = said.splitlines()
+    assert first == "small: dml; colocated: all peers on every rank, 1 rank a peer, 1 in all"
+    assert data == "  data       120 images of 10 classes to train on, 37 to validate; 28 pixels"
+    assert steps == "  steps      5 an epoch of 24 images, 24 a rank; 5 in all"
+    assert peers == "  peers here cifar_resnet8_b-0 (0.01 M parameters), cifar_resnet8_b-1 (0.01 M parameters)"
+    assert re.match(r"  memory     \d+\.\d MiB a rank at the peak of a step: weights .*, activations ", memory)
+    assert errors == ""
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -101,10 +105,9 @@ def test_check_for_other_machines_asks_nothing_of_this_one(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     on_gpus = ["device=cuda", "train.sync_bn=true", "placement.kind=colocated"]
-    assert command(config, *on_gpus, "--check", "--ranks", "4") == (
-        "small: dml; colocated: all peers on every rank, 4 ranks a peer, 4 in all\n",
-        "",
-    )
+    said, errors = command(config, *on_gpus, "--check", "--ranks", "4")
+    assert said.startswith("small: dml; colocated: all peers on every rank, 4 ranks a peer, 4 in all\n")
+    assert errors == ""
     for arguments, message in (
         ([*on_gpus, "--check", "--ranks", "7"], "global_batch = 24: cannot be split evenly over 7 replicas"),
         (["train.sync_bn=true", "--check", "--ranks", "2"], "train.sync_bn = True: works on CUDA devices only"),
