@@ -120,6 +120,7 @@ class Builder:
             wrapped=self._averaged(peer, self._replica_group, [names[id(p)] for p in unsynchronised]),
             unsynchronised=frozenset(names[id(p)] for p in unsynchronised),
             optimizer=self.optimizer(peer),
+            parameters=list(peer.parameters()),
             outer={names[id(p)]: p for p in outer},
             outer_optimizer=outer_optimizer,
             ema=ema,

@@ -65,6 +65,7 @@ class Cohort:
         self.shared = nn.ModuleDict({"method": self.method} | ({"trunk": self.trunk.module} if self.trunk else {}))
         self.wrapped_method = builder.averaged_over_all(self.method)
         self.shared_optimizer = builder.shared_optimizer(self.shared, self.method)
+        self.shared_parameters = list(self.shared.parameters())
         self.residents = {k: builder.resident(k, outlines[k], self.method, self.trunk) for k in placement.residents}
         self._schedules = builder.schedules
         teachers = [r.ema for r in self.residents.values() if isinstance(r.ema, Teacher)]

@@ -58,6 +58,8 @@ class Resident:
     wrapped: nn.Module
     """The peer as it is called in training: it averages gradients over its replica group, if that has several ranks."""
     optimizer: torch.optim.Optimizer
+    parameters: list[nn.Parameter]
+    """Of the peer, in its order; to walk through its modules in every step would take longer than a small step."""
     unsynchronised: frozenset[str]
     """Names of those parameters of the peer that its replicas do not have in common."""
     outer: dict[str, nn.Parameter]

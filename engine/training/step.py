@@ -133,20 +133,22 @@ def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> tuple[Tens
         [1], whether it was skipped, and the norm of each learner's gradient.
     """
     residents = [cohort.residents[k] for k in learners]
-    modules: list[tuple[nn.Module, torch.optim.Optimizer]] = [(r.peer, r.optimizer) for r in residents]
+    learns: list[tuple[Sequence[nn.Parameter], torch.optim.Optimizer]] = [
+        (r.parameters, r.optimizer) for r in residents
+    ]
     if cohort.shared_optimizer:
-        modules.append((cohort.shared, cohort.shared_optimizer))
-    norms = [gradient_norm(module.parameters()) for module, _ in modules]
+        learns.append((cohort.shared_parameters, cohort.shared_optimizer))
+    norms = [gradient_norm(parameters) for parameters, _ in learns]
     losses = [term for (k, _), term in total.items() if k is None or k in learners]
     skip = _agree_to_skip(cohort, [*losses, *norms])
 
     if cohort.scaler.is_enabled():
-        for _, optimizer in modules:
+        for _, optimizer in learns:
             unscale(optimizer, skip, cohort.scaler)
-        norms = [gradient_norm(module.parameters()) for module, _ in modules]
-    for (module, optimizer), norm in zip(modules, norms, strict=True):
+        norms = [gradient_norm(parameters) for parameters, _ in learns]
+    for (parameters, optimizer), norm in zip(learns, norms, strict=True):
         if cohort.config.train.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(module.parameters(), cohort.config.train.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, cohort.config.train.clip_norm, norm)
         update(optimizer, skip, cohort.scaler)
     return skip, {resident.index: norm for resident, norm in zip(residents, norms, strict=False)}
 
