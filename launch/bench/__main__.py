@@ -4,6 +4,7 @@
     torchrun --nproc-per-node=2 launch/bench exchange    spread peers against the same peers uncoupled
     python launch/bench checkpoint               saving beside training, against waiting for the disk
     python launch/bench bytes                    not timed: what each method sends, from its signals' shapes
+    python launch/bench operations               not timed: operations that a step of each method dispatches
     python launch/bench lmcl                     L-MCL's objective with memory banks against one pair after another
     python launch/bench lmcl-step                a step of L-MCL against two networks alone, and its outer step
     python launch/bench gpu --out DIR            all that a GPU has to show, in parts that fail alone; see docs/gpu.md
@@ -27,6 +28,7 @@ from engine.config import ConfigError
 from engine.ranks.collectives import Launch, choose_device, start
 from launch.bench import contrast
 from launch.bench.bytes import bytes_a_step
+from launch.bench.gpu.methods import operations_of_methods
 from launch.bench.gpu.running import PARTS, run_parts
 from launch.bench.host import host_seconds, operations
 from launch.bench.peers import Workload, bare_step, bench_cohort, engine_step
@@ -35,7 +37,7 @@ from launch.bench.turns import headline, in_turn, print_comparison
 from launch.entry import parser, user_errors
 from losses import METHODS
 
-WHAT = ("step", "exchange", "checkpoint", "bytes", "lmcl", "lmcl-step", "gpu")
+WHAT = ("step", "exchange", "checkpoint", "bytes", "operations", "lmcl", "lmcl-step", "gpu")
 
 
 def main() -> None:
@@ -78,6 +80,10 @@ def _measure(options: argparse.Namespace, device: torch.device, launch: Launch) 
     if options.what == "bytes":
         for method in METHODS:
             print(f"  {method:16} {bytes_a_step(method):>12,}")
+    elif options.what == "operations":
+        print(headline("operations", work, device, launch))
+        for name, found, alone in operations_of_methods(work, device, launch):
+            print(f"  {name:28} {found:8,} {found / alone:8.2f} times independent peers")
     elif options.what == "checkpoint":
         saving(work, options.rounds, options.steps, options.folder, device, launch)
     elif options.what == "step":

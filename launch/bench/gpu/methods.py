@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from engine.ranks.collectives import Launch
 from engine.training.timing import Clock
 from launch.bench.gpu.bench import Bench, spread
 from launch.bench.gpu.networks import free, rounds, tiny
@@ -73,6 +77,24 @@ def _method(bench: Bench, name: str, work: Workload, until: float) -> None:
     )
 
 
+def operations_of_methods(
+    work: Workload, device: torch.device, launch: Launch, forms: int | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """Name, operations that a step of each method dispatches, and those of as many independent peers."""
+    alone: dict[int, int] = {}
+    for name, section in list(FORMS.items())[:forms]:
+        peers = 3 if section["name"] == "okddip" else 2
+        found = []
+        for method in [section] if peers in alone else [section, {"name": "independent"}]:
+            each = replace(work, method=method, peers=peers)
+            step = engine_step(bench_cohort(each, device, launch), each)
+            step()
+            found.append(operations(step))
+            free()
+        alone.setdefault(peers, found[-1])
+        yield f"{name}, {peers} peers", found[0], alone[peers]
+
+
 def host(bench: Bench) -> None:
     """Operations that a step dispatches, and how long the host is busy with it, engine and bare loop; then the
     operations of every method."""
@@ -97,12 +119,7 @@ def host(bench: Bench) -> None:
                     **extra,
                 )
             free()
-    for name, section in list(FORMS.items())[: 3 if bench.quick else None]:
+    for name, found_now, alone in operations_of_methods(base, bench.device, bench.launch, 3 if bench.quick else None):
+        bench.row(name, **{"operations": found_now, "over independent, operations": found_now / alone})
         if bench.left() < 3:
             break
-        peers = 3 if section["name"] == "okddip" else 2
-        work = replace(base, method=section, peers=peers)
-        step = engine_step(bench_cohort(work, bench.device, bench.launch), work)
-        step()
-        bench.row(f"{peers} peers, {name}, engine", operations=operations(step))
-        free()
