@@ -17,7 +17,7 @@ from data_pipelines import Batch, DataError, Pipeline, open_pipeline
 from engine.cohort.cohort import Cohort
 from engine.cohort.precision import set_precision
 from engine.config import RunConfig
-from engine.files import move_aside, write_json, write_text
+from engine.files import write_json, write_text
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch, choose_device, limit_waiting, process_group, record_flights
 from engine.ranks.heartbeat import heartbeat
@@ -31,6 +31,7 @@ from engine.safety.health import LINES_SHOW, SCORES_SHOW, LossWatch, collapsed, 
 from engine.safety.preemption import Preemption
 from engine.safety.rollback import GoBack, Rollback
 from engine.safety.saving import Saver
+from engine.start import Claim, claim
 from engine.training.due import Due, due
 from engine.training.evaluation import evaluate_cohort, survey
 from engine.training.guards import check_same_rows, check_same_weights
@@ -64,15 +65,14 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False, preempted: 
     if device.type == "cuda":
         record_flights(config.folder / "flights")
     preemption = Preemption(device)
-    with preemption.listening(), process_group(launch, device):
-        if fresh:
-            # Not before: another rank may still be looking at what lies there.
-            if launch.rank == 0 and config.folder.exists():
-                print(f"the earlier run is now in {move_aside(config.folder)}", file=sys.stderr)
-            dist.barrier()
+    with (
+        preemption.listening(),
+        process_group(launch, device),
+        claim(config, launch, fresh=fresh, stop=preemption.was_asked) as held,
+    ):
         pipeline = open_pipeline(config.data, config.seed, device)
         try:
-            while (run := _train_until_rollback(config, launch, placement, device, pipeline, preemption)) is None:
+            while (run := _train_until_rollback(config, launch, placement, device, pipeline, preemption, held)) is None:
                 gc.collect()  # The networks of before have cycles, and those that are built next need the memory.
             if run.stopped_by and preempted and launch.rank == 0:
                 write_text(preempted, f"{run.stopped_by.name}\n")
@@ -88,9 +88,10 @@ def _train_until_rollback(
     device: torch.device,
     pipeline: Pipeline,
     preemption: Preemption,
+    held: Claim,
 ) -> _Run | None:
     """Returns the run, at its end or stopped; None where it has gone back, and is to be built anew as after a kill."""
-    run = _Run(config, placement, device, pipeline, preemption)
+    run = _Run(config, placement, device, pipeline, preemption, held)
     try:
         with heartbeat(launch, run.where, warn_after=config.train.timeout / 2):
             run.to_the_end()
@@ -124,7 +125,9 @@ class _Run:
         device: torch.device,
         pipeline: Pipeline,
         preemption: Preemption,
+        held: Claim,
     ) -> None:
+        self._held = held
         self.config, self.placement, self.device, self.pipeline = config, placement, device, pipeline
         self._preemption = preemption
         self.stopped_by: signal.Signals | None = None
@@ -141,7 +144,8 @@ class _Run:
         self._resume()
         self._alert = self.tracker.alert if self.tracker else None
         self._told: Told = frozenset()
-        self.saver = Saver(config.folder, self.cohort, self.tracker.say if self.tracker else _say_nothing)
+        say = self.tracker.say if self.tracker else _say_nothing
+        self.saver = Saver(config.folder, self.cohort, say, held.check, held.mark)
         if self.step < self.steps:
             share = config.data.global_batch // placement.replicas // config.train.accumulation
             settle(self.cohort, share, self._progress)
@@ -164,7 +168,7 @@ class _Run:
         elif self.cohort.meeting is not None:
             self.cohort.meeting.start_over()
         if first:
-            self.tracker = follow(self.config, self.placement, self.step, self.steps, damaged=found[1])
+            self.tracker = follow(self.config, self.placement, self.step, self.steps, found[1], self._held.check)
             write_json(self.config.folder / "classes.json", self.pipeline.class_names)
 
     def where(self) -> str:
@@ -195,6 +199,7 @@ class _Run:
                 if self.stopped_by:
                     break
         self.saver.wait()
+        self._held.check()
 
     def _update(self, batch: Batch) -> None:
         self._preemption.ask(self.cohort.stop)
@@ -209,6 +214,7 @@ class _Run:
     def _look_up(self, now: Due, ids: Tensor) -> None:
         """What is due after a step, in the order in which a kill between two of them loses nothing: a checkpoint comes
         after all lines up to its step."""
+        self._held.check()
         check_same_rows(self.cohort, ids, self.step)
         self._line()
         if now.ends_epoch:

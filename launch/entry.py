@@ -1,10 +1,13 @@
-"""What every command does with a mistake of its user: say it once, plainly, and end with exit code 2."""
+"""What every command does with a mistake of its user: say it once, plainly, and end with exit code 2; with 1 where it
+is no mistake, but a disk or a folder that cannot be used."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import difflib
+import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -19,16 +22,59 @@ from engine.safety.checkpoint import CheckpointError
 
 @contextlib.contextmanager
 def user_errors(launch: Launch) -> Iterator[None]:
-    """Turns errors that are the user's to mend into one message from rank 0, without a traceback."""
+    """Turns errors that are the user's to mend into one message, without a traceback: from rank 0, or from the others
+    where rank 0 has not ended by the same."""
     try:
         yield
     except (ConfigError, DataError, CheckpointError, TrainingDivergedError, FileNotFoundError) as error:
-        if launch.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            # torchrun ends the others as soon as one rank has ended: rank 0 shall have spoken by then.
-            time.sleep(10)
+        _say(launch, str(error))
         sys.exit(2)
+    except OSError as error:
+        _say(launch, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        sys.exit(1)
+
+
+def _say(launch: Launch, message: str) -> None:
+    if launch.rank == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return
+    # torchrun ends the others as soon as one rank has ended: rank 0 shall have spoken by then.
+    time.sleep(10)
+    print(f"error: rank {launch.rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
+
+
+_TASKS = (
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+"""Where a launcher that is not torchrun says which of how many tasks this is."""
+
+
+def require_torchrun(command: str) -> None:
+    """A process that is one of several, but not by torchrun, would take itself for the only one.
+
+    Args:
+        command: what is run, such as launch/train.py.
+
+    Raises:
+        ConfigError: with what to type.
+    """
+    if "RANK" in os.environ:
+        return
+    for task, size in _TASKS:
+        tasks = os.environ.get(size, "")
+        if task in os.environ and tasks.isdecimal():
+            if int(tasks) > 1:
+                raise ConfigError(
+                    f"{size} = {tasks}: each of these {tasks} tasks would train alone, as rank 0, in one folder. Start "
+                    f"torchrun once on each node, and it starts the ranks: slurm/submit.sh does that, or type\n"
+                    f"  srun --ntasks-per-node=1 torchrun --nnodes=NODES --nproc-per-node=GPUS --rdzv-backend=c10d "
+                    f"--rdzv-endpoint=FIRST_NODE:29500 {command} ...\n"
+                    f"or, if one process is meant: env -u {task} python {command} ..."
+                )
+            return
 
 
 class _Parser(argparse.ArgumentParser):

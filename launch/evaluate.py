@@ -22,7 +22,7 @@ from engine.ranks.collectives import Launch, choose_device, start
 from engine.ranks.placement import plan
 from engine.safety import loading
 from engine.training.evaluation import evaluate_cohort
-from launch.entry import parser, user_errors
+from launch.entry import parser, require_torchrun, user_errors
 from launch.run_folder import open_run
 
 
@@ -36,6 +36,7 @@ def main() -> None:
     options = arguments.parse_args()
     launch = Launch.from_environment()
     with user_errors(launch):
+        require_torchrun("launch/evaluate.py")
         config, manifest = open_run(options.run, options.checkpoint, options.overrides)
         device = choose_device(config.device, launch)
         placement = plan(config, launch.world, launch.rank)

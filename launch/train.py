@@ -24,7 +24,7 @@ from engine.ranks.collectives import Launch
 from engine.reporting import report
 from engine.safety.preemption import end_with_parent
 from engine.trainer import train
-from launch.entry import parser, user_errors
+from launch.entry import parser, require_torchrun, user_errors
 
 EPILOG = """\
 Every key, with what it means:  launch/train.py --keys
@@ -88,6 +88,7 @@ def main() -> None:
             if launch.rank == 0:
                 print(f"{config.title}: {config.method.name}; {placement}", *forecast(config, placement), sep="\n  ")
             return
+        require_torchrun("launch/train.py")
         if options.preempted and launch.rank == 0:
             options.preempted.unlink(missing_ok=True)
         complete = train(config, launch, fresh=fresh, preempted=options.preempted)

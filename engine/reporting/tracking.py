@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,23 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def follow(config: RunConfig, placement: Placement, step: int, steps: int, damaged: Sequence[str]) -> Tracker:
+def follow(
+    config: RunConfig,
+    placement: Placement,
+    step: int,
+    steps: int,
+    damaged: Sequence[str],
+    check: Callable[[], None] = lambda: None,
+) -> Tracker:
     """Begins to follow a run on rank 0, wherever it stands, and says so.
 
     Args:
         step: where it goes on, of `steps`.
         damaged: what is wrong with checkpoints that are not used.
+        check: raises an OSError where the run's folder belongs to another run by now.
     """
     record_start(config, placement.world)
-    tracker = Tracker(config, step, steps)
+    tracker = Tracker(config, step, steps, check)
     for message in damaged:
         tracker.say(f"not used: {message}")
     tracker.say(f"{config.title}: {config.method.name}, {placement}; {config.folder}")
@@ -123,8 +131,8 @@ class _Stderr:
 class Tracker:
     """Writes what a run measures. A step is written once: what a killed run wrote after its checkpoint is cut off."""
 
-    def __init__(self, config: RunConfig, step: int, steps: int) -> None:
-        self._path = config.folder / "metrics.jsonl"
+    def __init__(self, config: RunConfig, step: int, steps: int, check: Callable[[], None] = lambda: None) -> None:
+        self._path, self._check = config.folder / "metrics.jsonl", check
         kept = [line for line in read_metrics(config.folder) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self._path, text)
@@ -168,13 +176,15 @@ class Tracker:
             return None
         try:
             with self._path.open("a", encoding="utf-8") as file:
+                # After opening: a successor puts another file in the place of this one.
+                self._check()
                 file.write(self._unwritten)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self._path, self._size)  # A full disk takes a part of a line.
-            return f"{self._path}: {error.strerror}"
+            return f"{self._path}: {error.strerror or error}"
         self._size += len(self._unwritten)
         self._unwritten = ""
         return None

@@ -69,6 +69,10 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
+    def was_asked(self) -> bool:
+        """Whether this rank has got a signal."""
+        return bool(self._asked)
+
     def ask(self, stop: Tensor) -> None:
         """Before a step: puts the number of the signal that this rank got, if any, into `stop` [1], on the device."""
         if self._asked:

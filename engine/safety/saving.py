@@ -55,10 +55,20 @@ class Saver:
         run: the run's folder.
         cohort: what is saved.
         say: told what went wrong, on rank 0, from the thread that writes too.
+        check: raises an OSError, on rank 0, where the run's folder belongs to another run by now.
+        mark: the same on all ranks and another for each start: what a run that has lost its folder still writes must
+            not mix with what its successor writes.
     """
 
-    def __init__(self, run: Path, cohort: Cohort, say: Callable[[str], None]) -> None:
-        self._run, self._cohort, self._say = run, cohort, say
+    def __init__(
+        self,
+        run: Path,
+        cohort: Cohort,
+        say: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+        mark: str = "0",
+    ) -> None:
+        self._run, self._cohort, self._say, self._check, self._mark = run, cohort, say, check, mark
         placement = cohort.placement
         everyone = range(placement.world)
         in_parts = any(isinstance(module, ShardedTable) for module in cohort.shared.modules())
@@ -146,11 +156,11 @@ class Saver:
     def _write(
         self, target: Path, states: dict[str, Any], manifest: Manifest | None, keep: int, failure: str | None
     ) -> bool:
-        aside = target.with_name(target.name + ".tmp")
+        aside = target.with_name(f"{target.name}.{self._mark}.tmp")
         files: dict[str, FileEntry] = {}
         outcome: str | None = None
         if manifest and not failure:
-            failure = _attempt(partial(_empty, aside))
+            failure = _attempt(self._check) or _attempt(partial(_empty, aside))
         dist.barrier(self.group)
         for name, state in states.items():
             failure = failure or _attempt(partial(_write, aside / name, state, files))
@@ -160,7 +170,7 @@ class Saver:
             failures = [message for message, _ in reports if message]
             written = {name: entry for _, entries in reports for name, entry in entries.items()}
             complete = partial(_complete, aside, target, replace(manifest, files=written))
-            outcome = failures[0] if failures else _attempt(complete)
+            outcome = failures[0] if failures else _attempt(self._check) or _attempt(complete)
             if outcome:
                 shutil.rmtree(aside, ignore_errors=True)
                 self._say(f"checkpoint of step {manifest.step} not written: {outcome}; training goes on")

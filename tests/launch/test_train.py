@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
@@ -62,6 +63,28 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return out, err
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("found", "size"),
+    [
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_NTASKS"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_one_of_several_tasks_without_torchrun_is_refused_with_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], found: dict[str, str], size: str, command: str
+) -> None:
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["launch", "configs/fashion_mnist/quickstart_dml.yaml"])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"launch.{command}").main()
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: {size} = 2: each of these 2 tasks would train alone, as rank 0, in one folder.")
+    assert "torchrun --nnodes=NODES --nproc-per-node=GPUS --rdzv-backend=c10d" in said
 
 
 def train_with(*arguments: str) -> None:

@@ -1,0 +1,114 @@
+"""What the ranks of a run settle with each other before the first of them reads a checkpoint: whose the folder is."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from engine.config import ConfigError, RunConfig
+from engine.files import move_aside
+from engine.ranks.collectives import Launch
+from engine.ranks.owner import Owner, holds, take
+
+PATIENCE = 10.0
+"""Seconds until what one rank has written to a shared folder must be seen by the others."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run's hold of its folder, and of its peer's place in a meeting, as one rank knows it."""
+
+    owners: tuple[Owner, ...]
+    """On rank 0."""
+    mark: str
+    """On all ranks; another one for each start."""
+
+    def check(self) -> None:
+        """On rank 0, before something is written. Raises: FolderLostError; OSError, where it cannot be known."""
+        for owner in self.owners:
+            owner.check()
+
+
+@contextlib.contextmanager
+def claim(config: RunConfig, launch: Launch, *, fresh: bool, stop: Callable[[], bool]) -> Iterator[Claim]:
+    """Takes the run's folder for this run, on rank 0, and sees to it that all ranks see the same one. All ranks call
+    this.
+
+    Args:
+        fresh: a folder of an earlier run is moved aside.
+        stop: whether this rank was asked to end.
+
+    Raises:
+        ConfigError: on all ranks: another run has the folder and lives, it cannot be written to, or some rank does not
+            see what rank 0 writes there.
+    """
+    owners: list[Owner] = []
+    told: list[Any] = [None, None, None]
+    try:
+        if launch.rank == 0:
+            try:
+                _take(config, owners, fresh, stop)
+                told = [None, owners[0].path.name, owners[0].token]
+            except ConfigError as error:
+                told[0] = str(error)
+            except OSError as error:
+                told[0] = f"dir = {str(config.folder)!r}: cannot be written to: {error}"
+        dist.broadcast_object_list(told, src=0)
+        failure, number, token = told
+        if failure:
+            raise ConfigError(failure)
+        _check_that_all_see(config.folder, config.folder / "owner" / number, token)
+        yield Claim(tuple(owners), token[:8])
+    finally:
+        for owner in owners:
+            owner.release()
+
+
+def _take(config: RunConfig, owners: list[Owner], fresh: bool, stop: Callable[[], bool]) -> None:
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    what = f"dir = {str(config.folder)!r}"
+    if fresh and config.folder.exists():
+        before = take(config.folder, what, stop, say)
+        aside = move_aside(config.folder)
+        before.release()
+        shutil.rmtree(aside / "owner", ignore_errors=True)
+        say(f"the earlier run is now in {aside}")
+    owners.append(take(config.folder, what, stop, say))
+    meeting, peer = config.placement.meeting, config.placement.peer
+    if meeting is not None and peer is not None:
+        place = meeting.expanduser() / "owners" / peer
+        owners.append(take(place, f"placement.meeting = {str(meeting)!r}, placement.peer = {peer}", stop, say))
+
+
+def _check_that_all_see(folder: Path, path: Path, token: str) -> None:
+    seen = [_sees(path, token), socket.gethostname(), str(folder.absolute())]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, seen)
+    for rank, (sees, host, where) in enumerate(everyone):
+        if not sees:
+            raise ConfigError(
+                f"dir = {str(folder)!r}: rank {rank} on {host} does not see in {where} what rank 0 on {everyone[0][1]} "
+                f"has written to {everyone[0][2]}; expected a folder that all ranks share"
+            )
+
+
+def _sees(path: Path, token: str) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(OSError):
+            if holds(path, token):
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
