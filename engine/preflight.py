@@ -13,6 +13,7 @@ import torch
 import data_pipelines
 import models
 from data_pipelines import DataConfig, Sizes
+from engine.cohort.groups import check_grouping
 from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.config import ConfigError, PeerConfig, RunConfig
@@ -54,6 +55,7 @@ def check_run(
             "data.decoding.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
         )
     placement = plan(config, launch.world, launch.rank)
+    _check_networks(config)
     check_data(config)
     _check_stages(config)
     _check_folder("dir", config.folder, "the run's folder")
@@ -64,6 +66,16 @@ def check_run(
         rollback.read(config.folder)
         _check_same_meeting(config)
     return placement
+
+
+def _check_networks(config: RunConfig) -> None:
+    """What the optimiser wants of the networks."""
+    if "layer_decay" not in config.optimizer.options:
+        return
+    for peer in {(peer.network, repr(peer.options)): peer for peer in config.peers}.values():
+        with weightless(peer.network):
+            network = models.create(peer.network, 2, config.data.channels, **peer.options)
+        check_grouping(network, peer.network, config.optimizer)
 
 
 def _check_stages(config: RunConfig) -> None:

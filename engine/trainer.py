@@ -23,7 +23,7 @@ from engine.ranks.collectives import Launch, choose_device, limit_waiting, proce
 from engine.ranks.heartbeat import heartbeat
 from engine.ranks.placement import Placement
 from engine.reporting.lines import Stretch, report_end, report_scores, report_training
-from engine.reporting.tracking import Tracker, follow
+from engine.reporting.tracking import Tracker, follow, last_evaluation
 from engine.safety import loading, rollback
 from engine.safety.answers import Told, answer, tell_collapses
 from engine.safety.checkpoint import Best, Manifest, Standing
@@ -141,6 +141,7 @@ class _Run:
         self._resume()
         self._alert = self.tracker.alert if self.tracker else None
         self._told: Told = frozenset()
+        self._scored = last_evaluation(config.folder) if self.tracker else None
         self.saver = Saver(config.folder, self.cohort, self.tracker.say if self.tracker else _say_nothing)
         if self.step < self.steps:
             share = config.data.global_batch // placement.replicas // config.train.accumulation
@@ -250,7 +251,7 @@ class _Run:
                 seconds=self._last_line[0] - since,
                 parts=parts,
                 left_out=sum(rollback.left_out(self.rollbacks, update) for update in range(begin, self.step)),
-                lr=self.cohort.optimizers()[0].param_groups[0]["lr"],
+                lr=self.cohort.rate,
             )
             report_training(self.tracker, self.config, stretch, reading, signs)
         self._told = tell_collapses(signs.dead, LINES_SHOW, self._told, self.step, self._alert)
@@ -260,7 +261,8 @@ class _Run:
         """Scores the cohort, and its averages where there are some. Returns the mean top-1 of the peers."""
         names = [name for name, _ in self.config.trained]
         scores = evaluate_cohort(self.cohort, self.pipeline)
-        found = collapsed(scores, names)
+        found = collapsed(scores, self._scored, names)
+        self._scored = scores
         if self.tracker:
             report_scores(self.tracker, self.step, self.step / self.steps_per_epoch, scores, found)
         self._told = tell_collapses(found, SCORES_SHOW, self._told, self.step, self._alert)

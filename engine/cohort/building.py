@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+from engine.cohort.groups import Said, said_by
 from engine.cohort.optim import make_optimizer, make_schedule, set_weight_decay
 from engine.cohort.outline import Outline, outline
 from engine.cohort.peer import Peer, Resident
@@ -61,6 +62,7 @@ class Builder:
         self._num_classes, self._channels, self._image_size = num_classes, channels, image_size
         self._steps_per_epoch = steps_per_epoch
         self._memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        self._of_trunk: Said = {}
         self.schedules: list[Scheduler] = []
         """Of all optimisers that have been made."""
 
@@ -84,7 +86,9 @@ class Builder:
         """The trunk that all peers share, if they share one, cut off the first peer's network."""
         if outline.trunk is None or not isinstance(method, SharedTrunk):
             return None
-        module, _ = cut(self._network(0, self._config.cohort[0][1].pretrained), outline.trunk)
+        whole = self._network(0, self._config.cohort[0][1].pretrained)
+        self._of_trunk = said_by(whole, self._config.optimizer)
+        module, _ = cut(whole, outline.trunk)
         below = {name: path for name, path in outline.taps.items() if _has(module, path)}
         taps = Taps(module, below, {})
         if self._config.precision.compile:
@@ -96,6 +100,7 @@ class Builder:
         """A peer that lives here."""
         head = self._head(index, outline, method)
         network = self._network(index, self._config.cohort[index][1].pretrained)
+        said = said_by(network, self._config.optimizer)
         whole = network
         if trunk is not None and outline.trunk is not None:
             _, network = cut(network, outline.trunk)
@@ -119,15 +124,15 @@ class Builder:
             whole=whole,
             wrapped=self._averaged(peer, self._replica_group, [names[id(p)] for p in unsynchronised]),
             unsynchronised=frozenset(names[id(p)] for p in unsynchronised),
-            optimizer=self.optimizer(peer),
+            optimizer=self.optimizer(peer, said),
             outer={names[id(p)]: p for p in outer},
             outer_optimizer=outer_optimizer,
             ema=ema,
         )
 
-    def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        """An optimiser and its schedule, for a module that is on its device already."""
-        optimizer = make_optimizer(module, self._config.optimizer)
+    def optimizer(self, module: nn.Module, said: Said | None = None) -> torch.optim.Optimizer:
+        """An optimiser and its schedule, for a module that is on its device already, and what is said of its groups."""
+        optimizer = make_optimizer(module, self._config.optimizer, said)
         self._schedule(optimizer)
         return optimizer
 
@@ -135,7 +140,7 @@ class Builder:
         """That of the modules that all peers share, if any of them learns."""
         if not any(p.requires_grad for p in shared.parameters()):
             return None
-        optimizer = make_optimizer(shared, self._config.optimizer)
+        optimizer = make_optimizer(shared, self._config.optimizer, self._of_trunk)
         if isinstance(method, OwnWeightDecay):
             set_weight_decay(optimizer, method.parameters(), method.weight_decay(self._config.method))
         self._schedule(optimizer)

@@ -209,6 +209,13 @@ class Cohort:
         shared = [self.shared_optimizer] if self.shared_optimizer else []
         return [*(r.optimizer for r in self.residents.values()), *shared, *self.outer_optimizers()]
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last layers of the first peer here."""
+        group = self.optimizers()[0].param_groups[0]
+        rate: float = group["lr"] / group.get("lr_scale", 1.0)
+        return rate
+
     def outer_optimizers(self) -> list[torch.optim.Optimizer]:
         """Of what outer steps move, of each resident that has some."""
         return [r.outer_optimizer for r in self.residents.values() if r.outer_optimizer is not None]

@@ -69,8 +69,16 @@ class OptimizerConfig(_Section):
     lr: float = Field(0.1, gt=0, description="learning rate, for the global batch as it is: never rescaled")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum, for optimisers that have one")
     weight_decay: float = Field(5e-4, ge=0, description="weight decay")
-    decay_norm_and_bias: bool = Field(True, description="whether biases and normalisation weights decay too")
-    options: dict[str, Any] = Field({}, description="further arguments of the optimiser, such as betas")
+    decay_norm_and_bias: bool = Field(
+        True,
+        description="whether biases and normalisation weights decay too; what a "
+        "network itself asks to leave out (position embeddings) never does",
+    )
+    options: dict[str, Any] = Field(
+        {},
+        description="further arguments of the optimiser, such as betas; "
+        "layer_decay, for networks of timm: the rate of a layer is that of the next one times this",
+    )
 
 
 class ScheduleConfig(_Section):

@@ -43,6 +43,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def last_evaluation(run: Path) -> dict[str, Any] | None:
+    """The last line of a run's metrics that holds an evaluation; NaN for what was not finite."""
+    scored = [line for line in read_metrics(run) if "val/disagreement" in line]
+    return {key: math.nan if x is None else x for key, x in scored[-1].items()} if scored else None
+
+
 def follow(config: RunConfig, placement: Placement, step: int, steps: int, damaged: Sequence[str]) -> Tracker:
     """Begins to follow a run on rank 0, wherever it stands, and says so.
 
