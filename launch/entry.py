@@ -15,6 +15,7 @@ from engine.config import ConfigError
 from engine.ranks.collectives import Launch
 from engine.safety.answers import TrainingDivergedError
 from engine.safety.checkpoint import CheckpointError
+from models import WeightsError
 
 
 @contextlib.contextmanager
@@ -22,7 +23,7 @@ def user_errors(launch: Launch) -> Iterator[None]:
     """Turns errors that are the user's to mend into one message from rank 0, without a traceback."""
     try:
         yield
-    except (ConfigError, DataError, CheckpointError, TrainingDivergedError, FileNotFoundError) as error:
+    except (ConfigError, DataError, CheckpointError, WeightsError, TrainingDivergedError, FileNotFoundError) as error:
         if launch.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

@@ -115,8 +115,8 @@ def create(
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
         pretrained: False for random weights, True for those that the network's library publishes (this downloads them),
-            or the path of a file of weights (.safetensors, .pt, .pth) of this very network. A classifier of another
-            number of classes stays at random, which is logged; all other tensors must fit.
+            or the path of a file of weights of this very network, see `models.weight_files`. A classifier of another
+            number of classes stays at random, which is logged; all other tensors must fit or be made to.
         **options: keyword arguments of the network, such as `drop_path_rate` for timm's or `width` for ours.
 
     Returns:

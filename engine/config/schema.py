@@ -58,7 +58,7 @@ class PeerConfig(_Section):
     pretrained: bool | str = Field(
         False,
         description="true: start from the weights that timm or torchvision publish, which downloads them; or the path "
-        "of a file of weights (.safetensors, .pt, .pth)",
+        "of a file of weights (.safetensors, .pt, .pth, .pth.tar, .bin, .ckpt), of this or another trainer",
     )
 
 
