@@ -61,6 +61,8 @@ def check_run(
     _check_folder("dir", config.folder, "the run's folder")
     if config.placement.meeting is not None:
         _check_folder("placement.meeting", config.placement.meeting.expanduser(), "the folder where peers meet")
+    if fresh or not checkpoint.steps_on_disk(config.folder):
+        _check_weights(config)
     if not fresh:
         _check_same_run(config)
         rollback.read(config.folder)
@@ -113,6 +115,23 @@ def check_data(config: RunConfig) -> Sizes:
     except (data_pipelines.DataError, ImportError) as error:
         word = str(error).partition(":")[0]
         raise ConfigError(f"data{'.' if word in DataConfig.model_fields else ': '}{error}") from None
+
+
+def _check_weights(config: RunConfig) -> None:
+    """The files of weights that peers start from; a run that goes on has its own."""
+    for index, peer in enumerate(config.peers):
+        if not isinstance(peer.pretrained, str):
+            continue
+        try:
+            models.check(
+                peer.network,
+                peer.options,
+                num_classes=config.data.num_classes or 1000,
+                in_channels=config.data.channels,
+                pretrained=peer.pretrained,
+            )
+        except ValueError as error:
+            raise ConfigError(f"peers.{index}: {error}") from None
 
 
 def _check_folder(key: str, folder: Path, wanted: str) -> None:

@@ -35,6 +35,7 @@ from engine.training.due import Due, due
 from engine.training.evaluation import evaluate_cohort, survey
 from engine.training.guards import check_same_rows, check_same_weights
 from engine.training.meter import Meter
+from engine.training.remarks import remarks, twins
 from engine.training.step import settle, train_step
 from engine.training.timing import Clock
 from losses import Progress
@@ -131,17 +132,21 @@ class _Run:
         """The signal that ends the run before its end."""
         self.steps_per_epoch = pipeline.steps_per_epoch
         self.steps = config.train.epochs * self.steps_per_epoch
-        self.cohort = Cohort.on(pipeline, config, placement, device)
+        found: list[Any] = [None, None, None]
+        if placement.rank == 0:
+            found = list(rollback.where_to_go_on(config.folder))
+        dist.broadcast_object_list(found, src=0)
+        self.cohort = Cohort.on(pipeline, config, placement, device, initial=found[0] is None)
         self.meter = Meter(placement, device)
         self.losses = LossWatch(config.health, {})
         self.rollbacks: list[Rollback] = []
         self.step = 0
         self.best: Best | None = None
         self.tracker: Tracker | None = None
-        self._resume()
+        self._resume(*found)
         self._alert = self.tracker.alert if self.tracker else None
         self._told: Told = frozenset()
-        self._scored = last_evaluation(config.folder) if self.tracker else None
+        self._scored = last_evaluation(config.folder)
         self.saver = Saver(config.folder, self.cohort, self.tracker.say if self.tracker else _say_nothing)
         if self.step < self.steps:
             share = config.data.global_batch // placement.replicas // config.train.accumulation
@@ -151,12 +156,8 @@ class _Run:
         self._limited = False
         self._last_line = (time.perf_counter(), self.step)
 
-    def _resume(self) -> None:
-        first = self.placement.rank == 0
-        found: list[Any] = list(rollback.where_to_go_on(self.config.folder)) if first else [None, None, None]
-        dist.broadcast_object_list(found, src=0)
-        manifest: Manifest | None = found[0]
-        self.rollbacks = found[2]
+    def _resume(self, manifest: Manifest | None, damaged: list[str], rollbacks: list[Rollback]) -> None:
+        self.rollbacks = rollbacks
         if manifest is not None:
             loading.load(self.config.folder, manifest, self.cohort)
             self.step, self.best = manifest.step, manifest.best
@@ -164,9 +165,14 @@ class _Run:
             self.losses = LossWatch(self.config.health, manifest.recent)
         elif self.cohort.meeting is not None:
             self.cohort.meeting.start_over()
-        if first:
-            self.tracker = follow(self.config, self.placement, self.step, self.steps, damaged=found[1])
+        if self.placement.rank == 0:
+            self.tracker = follow(self.config, self.placement, self.step, self.steps, damaged=damaged)
             write_json(self.config.folder / "classes.json", self.pipeline.class_names)
+        if not self.step:
+            say = self.tracker.say if self.tracker else _say_nothing
+            notes = [*remarks(self.config, self.steps_per_epoch, self.pipeline.train_size), *twins(self.cohort)]
+            for note in notes:
+                say(f"note: {note}")
 
     def where(self) -> str:
         """Where this rank is."""

@@ -44,6 +44,7 @@ class Builder:
         replica_group: the ranks that hold the same peers.
         num_classes: of the data, whose images have `channels` and are `image_size` pixels wide.
         steps_per_epoch: which schedules are counted in.
+        initial: whether the weights are read that peers start from; not where those of a checkpoint follow.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Builder:
         channels: int,
         image_size: int,
         steps_per_epoch: int,
+        initial: bool,
     ) -> None:
+        self._initial = initial and streams.device.type != "meta"
         self._config, self._placement, self._streams, self._replica_group = config, placement, streams, replica_group
         self._num_classes, self._channels, self._image_size = num_classes, channels, image_size
         self._steps_per_epoch = steps_per_epoch
@@ -86,7 +89,7 @@ class Builder:
         """The trunk that all peers share, if they share one, cut off the first peer's network."""
         if outline.trunk is None or not isinstance(method, SharedTrunk):
             return None
-        whole = self._network(0, self._config.cohort[0][1].pretrained)
+        whole = self._network(0, initial=True)
         self._of_trunk = said_by(whole, self._config.optimizer)
         module, _ = cut(whole, outline.trunk)
         below = {name: path for name, path in outline.taps.items() if _has(module, path)}
@@ -99,7 +102,7 @@ class Builder:
     def resident(self, index: int, outline: Outline, method: Method, trunk: Trunk | None) -> Resident:
         """A peer that lives here."""
         head = self._head(index, outline, method)
-        network = self._network(index, self._config.cohort[index][1].pretrained)
+        network = self._network(index, initial=True)
         said = said_by(network, self._config.optimizer)
         whole = network
         if trunk is not None and outline.trunk is not None:
@@ -155,12 +158,13 @@ class Builder:
         epochs = self._config.train.epochs
         self.schedules.append(make_schedule(optimizer, self._config.schedule, epochs, self._steps_per_epoch))
 
-    def _network(self, index: int, pretrained: bool | str = False) -> nn.Module:
+    def _network(self, index: int, *, initial: bool = False) -> nn.Module:
         peer = self._config.cohort[index][1]
+        pretrained = peer.pretrained if initial and self._initial else False
         on_meta = self._streams.device.type == "meta"
         with self._streams.initial_network(index), weightless(peer.network) if on_meta else contextlib.nullcontext():
             network = models.create(
-                peer.network, self._num_classes, self._channels, pretrained=pretrained and not on_meta, **peer.options
+                peer.network, self._num_classes, self._channels, pretrained=pretrained, **peer.options
             )
         return self._placed(network)
 
@@ -185,13 +189,13 @@ class Builder:
     def _average(self, whole: nn.Module, method: Method) -> ModelEmaV3 | Teacher | None:
         if isinstance(method, Teachers):
             return Teacher(whole, compiled=self._config.precision.compile)
-        decay = self._config.train.ema_decay
+        decay, warmup = self._config.train.ema_decay, self._config.train.ema_warmup
         if not decay:
             return None
         if self._streams.device.type != "meta":
-            return ModelEmaV3(whole, decay=decay)
+            return ModelEmaV3(whole, decay=decay, use_warmup=warmup)
         # timm's asks the device for a generator, which meta does not have.
-        average = ModelEmaV3(nn.Linear(1, 1), decay=decay)
+        average = ModelEmaV3(nn.Linear(1, 1), decay=decay, use_warmup=warmup)
         average.module = copy.deepcopy(whole).requires_grad_(False).eval()
         return average
 

@@ -19,7 +19,7 @@ import yaml
 from tqdm import tqdm
 
 from engine.config import RunConfig
-from engine.config.loading import dump
+from engine.config.loading import dump, dump_anywhere
 from engine.files import write_json, write_text
 from engine.ranks.placement import Placement
 
@@ -70,7 +70,7 @@ def follow(config: RunConfig, placement: Placement, step: int, steps: int, damag
 def record_start(config: RunConfig, world: int) -> None:
     """Keeps the resolved config, and for each start the command, the git revision, the machine and the versions."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    write_text(config.folder / "config.yaml", dump(config))
+    write_text(config.folder / "config.yaml", dump_anywhere(config))
     path = config.folder / "starts.json"
     start = {
         "command": sys.argv,

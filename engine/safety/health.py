@@ -89,8 +89,8 @@ EXPLAINED: dict[Collapse, str] = {
         "schedule.warmup_epochs, or other initial weights"
     ),
     "all images alike": (
-        "it gave all validation images the same probabilities at two evaluations in a row: try a smaller optimizer.lr, schedule.warmup_epochs, "
-        "train.clip_norm, or other initial weights"
+        "it gave all validation images the same probabilities at two evaluations in a row: try a smaller "
+        "optimizer.lr, schedule.warmup_epochs, train.clip_norm, or other initial weights"
     ),
     "another's twin": (
         "its logits are another peer's, on all validation images, so the two have nothing to teach each other: let "
