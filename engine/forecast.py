@@ -11,6 +11,7 @@ from engine.config import ConfigError, RunConfig
 from engine.preflight import check_data
 from engine.ranks.placement import Placement
 from engine.rehearsal import Images, RehearsalError, readable, rehearse
+from engine.training.remarks import remarks
 from models.weightless import weightless
 
 
@@ -37,6 +38,8 @@ def forecast(config: RunConfig, placement: Placement) -> Iterator[str]:
     )
     if left and config.data.sampler == "shuffle":
         yield f"left out   {left:,} images of an epoch, each time others: they fill no batch"
+    for note in remarks(config, steps, trained_on):
+        yield f"note       {note}"
     yield f"peers here {', '.join(_peers(config, placement, sizes))}"
     yield from _rehearsed(config, placement, sizes)
 

@@ -13,6 +13,7 @@ import torch
 import data_pipelines
 import models
 from data_pipelines import DataConfig, Sizes
+from engine.cohort.groups import check_grouping
 from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.config import ConfigError, PeerConfig, RunConfig
@@ -54,16 +55,29 @@ def check_run(
             "data.decoding.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
         )
     placement = plan(config, launch.world, launch.rank)
+    _check_networks(config)
     check_data(config)
     _check_stages(config)
     _check_folder("dir", config.folder, "the run's folder")
     if config.placement.meeting is not None:
         _check_folder("placement.meeting", config.placement.meeting.expanduser(), "the folder where peers meet")
+    if fresh or not checkpoint.steps_on_disk(config.folder):
+        _check_weights(config)
     if not fresh:
         _check_same_run(config)
         rollback.read(config.folder)
         _check_same_meeting(config)
     return placement
+
+
+def _check_networks(config: RunConfig) -> None:
+    """What the optimiser wants of the networks."""
+    if "layer_decay" not in config.optimizer.options:
+        return
+    for peer in {(peer.network, repr(peer.options)): peer for peer in config.peers}.values():
+        with weightless(peer.network):
+            network = models.create(peer.network, 2, config.data.channels, **peer.options)
+        check_grouping(network, peer.network, config.optimizer)
 
 
 def _check_stages(config: RunConfig) -> None:
@@ -101,6 +115,23 @@ def check_data(config: RunConfig) -> Sizes:
     except (data_pipelines.DataError, ImportError) as error:
         word = str(error).partition(":")[0]
         raise ConfigError(f"data{'.' if word in DataConfig.model_fields else ': '}{error}") from None
+
+
+def _check_weights(config: RunConfig) -> None:
+    """The files of weights that peers start from; a run that goes on has its own."""
+    for index, peer in enumerate(config.peers):
+        if not isinstance(peer.pretrained, str):
+            continue
+        try:
+            models.check(
+                peer.network,
+                peer.options,
+                num_classes=config.data.num_classes or 1000,
+                in_channels=config.data.channels,
+                pretrained=peer.pretrained,
+            )
+        except ValueError as error:
+            raise ConfigError(f"peers.{index}: {error}") from None
 
 
 def _check_folder(key: str, folder: Path, wanted: str) -> None:

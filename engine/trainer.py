@@ -23,7 +23,7 @@ from engine.ranks.collectives import Launch, choose_device, limit_waiting, proce
 from engine.ranks.heartbeat import heartbeat
 from engine.ranks.placement import Placement
 from engine.reporting.lines import Stretch, report_end, report_scores, report_training
-from engine.reporting.tracking import Tracker, follow
+from engine.reporting.tracking import Tracker, follow, last_evaluation
 from engine.safety import loading, rollback
 from engine.safety.answers import Told, answer, tell_collapses
 from engine.safety.checkpoint import Best, Manifest, Standing
@@ -36,6 +36,7 @@ from engine.training.due import Due, due
 from engine.training.evaluation import evaluate_cohort, survey
 from engine.training.guards import check_same_rows, check_same_weights
 from engine.training.meter import Meter
+from engine.training.remarks import remarks, twins
 from engine.training.step import settle, train_step
 from engine.training.timing import Clock
 from losses import Progress
@@ -134,18 +135,23 @@ class _Run:
         """The signal that ends the run before its end."""
         self.steps_per_epoch = pipeline.steps_per_epoch
         self.steps = config.train.epochs * self.steps_per_epoch
-        self.cohort = Cohort.on(pipeline, config, placement, device)
+        found: list[Any] = [None, None, None]
+        if placement.rank == 0:
+            found = list(rollback.where_to_go_on(config.folder))
+        dist.broadcast_object_list(found, src=0)
+        self.cohort = Cohort.on(pipeline, config, placement, device, initial=found[0] is None)
         self.meter = Meter(placement, device)
         self.losses = LossWatch(config.health, {})
         self.rollbacks: list[Rollback] = []
         self.step = 0
         self.best: Best | None = None
         self.tracker: Tracker | None = None
-        self._resume()
+        self._resume(*found)
         self._alert = self.tracker.alert if self.tracker else None
         self._told: Told = frozenset()
         say = self.tracker.say if self.tracker else _say_nothing
         self.saver = Saver(config.folder, self.cohort, say, held.check, held.mark)
+        self._scored = last_evaluation(config.folder)
         if self.step < self.steps:
             share = config.data.global_batch // placement.replicas // config.train.accumulation
             settle(self.cohort, share, self._progress)
@@ -154,12 +160,8 @@ class _Run:
         self._limited = False
         self._last_line = (time.perf_counter(), self.step)
 
-    def _resume(self) -> None:
-        first = self.placement.rank == 0
-        found: list[Any] = list(rollback.where_to_go_on(self.config.folder)) if first else [None, None, None]
-        dist.broadcast_object_list(found, src=0)
-        manifest: Manifest | None = found[0]
-        self.rollbacks = found[2]
+    def _resume(self, manifest: Manifest | None, damaged: list[str], rollbacks: list[Rollback]) -> None:
+        self.rollbacks = rollbacks
         if manifest is not None:
             loading.load(self.config.folder, manifest, self.cohort)
             self.step, self.best = manifest.step, manifest.best
@@ -167,9 +169,14 @@ class _Run:
             self.losses = LossWatch(self.config.health, manifest.recent)
         elif self.cohort.meeting is not None:
             self.cohort.meeting.start_over()
-        if first:
-            self.tracker = follow(self.config, self.placement, self.step, self.steps, found[1], self._held.check)
+        if self.placement.rank == 0:
+            self.tracker = follow(self.config, self.placement, self.step, self.steps, damaged, self._held.check)
             write_json(self.config.folder / "classes.json", self.pipeline.class_names)
+        if not self.step:
+            say = self.tracker.say if self.tracker else _say_nothing
+            notes = [*remarks(self.config, self.steps_per_epoch, self.pipeline.train_size), *twins(self.cohort)]
+            for note in notes:
+                say(f"note: {note}")
 
     def where(self) -> str:
         """Where this rank is."""
@@ -256,7 +263,7 @@ class _Run:
                 seconds=self._last_line[0] - since,
                 parts=parts,
                 left_out=sum(rollback.left_out(self.rollbacks, update) for update in range(begin, self.step)),
-                lr=self.cohort.optimizers()[0].param_groups[0]["lr"],
+                lr=self.cohort.rate,
             )
             report_training(self.tracker, self.config, stretch, reading, signs)
         self._told = tell_collapses(signs.dead, LINES_SHOW, self._told, self.step, self._alert)
@@ -266,7 +273,8 @@ class _Run:
         """Scores the cohort, and its averages where there are some. Returns the mean top-1 of the peers."""
         names = [name for name, _ in self.config.trained]
         scores = evaluate_cohort(self.cohort, self.pipeline)
-        found = collapsed(scores, names)
+        found = collapsed(scores, self._scored, names)
+        self._scored = scores
         if self.tracker:
             report_scores(self.tracker, self.step, self.step / self.steps_per_epoch, scores, found)
         self._told = tell_collapses(found, SCORES_SHOW, self._told, self.step, self._alert)

@@ -18,6 +18,7 @@ from engine.config import ConfigError
 from engine.ranks.collectives import Launch
 from engine.safety.answers import TrainingDivergedError
 from engine.safety.checkpoint import CheckpointError
+from models import WeightsError
 
 
 @contextlib.contextmanager
@@ -26,7 +27,7 @@ def user_errors(launch: Launch) -> Iterator[None]:
     where rank 0 has not ended by the same."""
     try:
         yield
-    except (ConfigError, DataError, CheckpointError, TrainingDivergedError, FileNotFoundError) as error:
+    except (ConfigError, DataError, CheckpointError, WeightsError, TrainingDivergedError, FileNotFoundError) as error:
         _say(launch, str(error))
         sys.exit(2)
     except OSError as error:

@@ -44,7 +44,7 @@ def main() -> None:
         set_precision(config, device)
         start(launch, device)
         pipeline = open_pipeline(config.data, config.seed, device)
-        cohort = Cohort.on(pipeline, config, placement, device)
+        cohort = Cohort.on(pipeline, config, placement, device, initial=False)
         loading.load(options.run, manifest, cohort)
         values = evaluate_cohort(cohort, pipeline)
         pipeline.close()

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from models.errors import WeightsError
 from models.layers import probability
-from models.libraries import expects_transform, torchvision_weights
+from models.libraries import expects_transform, torchvision_url, torchvision_weights
 from models.pretrained import Published
 from models.registry import register
 
@@ -86,7 +86,7 @@ def _weights(network: str, in_channels: int, options: Mapping[str, Any]) -> Publ
         state = torchvision_weights(change.original, "IMAGENET1K_V1")
         return {name: tensor for name, tensor in state.items() if name not in fresh}
 
-    return Published(fetch, fresh)
+    return Published(fetch, torchvision_url(change.original, "IMAGENET1K_V1"), fresh)
 
 
 @register(

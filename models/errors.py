@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -12,6 +13,11 @@ class UnknownNetwork(ValueError):  # noqa: N818 - the name is part of the public
 
 class WeightsError(ValueError):
     """Pre-trained weights that cannot be had, or that belong to another network."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, without the terminal's escape codes."""
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", str(error).strip()).partition("\n")[0].strip()
 
 
 def nearest_choices(choices: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from models.downloads import hub_url
 from models.errors import UnknownNetwork, WeightsError, nearest_choices, unknown_option
 from models.pretrained import Published
 from models.weightless import weightless
@@ -110,7 +111,7 @@ def published_by_library(library: str, name: str, in_channels: int, options: Map
         expects_transform(name, in_channels, options)
         if in_channels != 3:
             raise WeightsError(f"pretrained: true; its weights are for images of 3 channels, not {in_channels}")
-        return Published(lambda network: torchvision_weights(name))
+        return Published(lambda network: torchvision_weights(name), torchvision_url(name))
     import timm
 
     config = timm.get_pretrained_cfg(name)
@@ -123,7 +124,16 @@ def published_by_library(library: str, name: str, in_channels: int, options: Map
             network = timm.create_model(name, pretrained=True, in_chans=in_channels, **options)
         return cast("Mapping[str, Tensor]", network.state_dict())
 
-    return Published(fetch)
+    # timm asks the Hub first.
+    on_hub = config.hf_hub_id and hub_url(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+    return Published(fetch, on_hub or config.url or "")
+
+
+def torchvision_url(name: str, weights: str = "DEFAULT") -> str:
+    """Where the weights of one of torchvision's networks are."""
+    from torchvision import models
+
+    return str(models.get_model_weights(name)[weights].url)
 
 
 def torchvision_weights(name: str, weights: str = "DEFAULT") -> Mapping[str, Tensor]:

@@ -6,23 +6,18 @@ Only a classifier may differ, and only in its number of classes: it stays as it 
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import safetensors
-import torch
-from safetensors.torch import load_file as read_safetensors
 from torch import Tensor, nn
 
-from models.errors import WeightsError
+from models.downloads import hindrance
+from models.errors import WeightsError, first_line
+from models.weight_files import SUFFIXES, fitting_weights
 
 Pretrained: TypeAlias = bool | str
 """False for none, True for the library's, or the path of a file."""
-
-SUFFIXES = (".safetensors", ".pt", ".pth")
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +28,8 @@ class Published:
 
     fetch: Callable[[nn.Module], Mapping[str, Tensor]]
     """Downloads them; takes the network that they are for."""
+    url: str
+    """Where they are."""
     fresh: Collection[str] = ()
     """Tensors of the network that they have nothing for and that stay at random."""
 
@@ -53,13 +50,17 @@ def load_published(network: nn.Module, published: Published) -> None:
     Raises:
         WeightsError: they did not arrive; says how to do without a download. Or they do not fit.
     """
+    hint = (
+        f"without a network, fetch {published.url} elsewhere and give `pretrained` the path of that file "
+        f"({', '.join(SUFFIXES)})"
+    )
+    if (reason := hindrance(published.url)) is not None:
+        raise WeightsError(f"pretrained: true; its weights cannot be downloaded: {reason}; {hint}")
     try:
         state = published.fetch(network)
     except Exception as error:  # urllib's, requests', httpx', the hub's own: whatever a download may fail with
-        first = str(error).strip().partition("\n")[0]
         raise WeightsError(
-            f"pretrained: true; its weights cannot be downloaded: {type(error).__name__}: {first}; without a "
-            f"network, give `pretrained` the path of a file of its weights ({', '.join(SUFFIXES)})"
+            f"pretrained: true; its weights cannot be downloaded: {type(error).__name__}: {first_line(error)}; {hint}"
         ) from error
     _load(network, state, "the published weights", published.fresh)
 
@@ -70,12 +71,15 @@ def load_file(network: nn.Module, path: str) -> None:
     Raises:
         WeightsError: the file cannot be read or its weights do not fit.
     """
-    _load(network, _read(path), path)
+    state, remarks = fitting_weights(network, path)
+    for remark in remarks:
+        _log.warning("%s from %s: %s", type(network).__name__, path, remark)
+    _load(network, state, path)
 
 
 def check_file(network: nn.Module, path: str) -> None:
     """Raises what `load_file` would raise; the network is only looked at."""
-    _fitting(network, _read(path), path, ())
+    _fitting(network, fitting_weights(network, path)[0], path, ())
 
 
 def _load(network: nn.Module, state: Mapping[str, Tensor], where: str, fresh: Collection[str] = ()) -> None:
@@ -84,31 +88,6 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], where: str, fresh: Co
     if left:
         names = ", ".join(left)
         _log.warning("%s from %s: %s stay at their random initialisation", type(network).__name__, where, names)
-
-
-def _read(path: str) -> Mapping[str, Tensor]:
-    if not Path(path).is_file():
-        raise WeightsError(f"pretrained {path!r}: there is no such file")
-    try:
-        state: Any
-        if path.endswith(".safetensors"):
-            state = read_safetensors(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise _unreadable(path, error) from None
-    except safetensors.SafetensorError as error:
-        raise _unreadable(path, error) from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise WeightsError(f"pretrained {path!r}: holds no tensors by name; expected a network's state_dict")
-    return state
-
-
-def _unreadable(path: str, error: Exception) -> WeightsError:
-    return WeightsError(f"pretrained {path!r}: cannot be read: {str(error).partition(chr(10))[0]}")
 
 
 def _fitting(

@@ -115,8 +115,8 @@ def create(
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
         pretrained: False for random weights, True for those that the network's library publishes (this downloads them),
-            or the path of a file of weights (.safetensors, .pt, .pth) of this very network. A classifier of another
-            number of classes stays at random, which is logged; all other tensors must fit.
+            or the path of a file of weights of this very network, see `models.weight_files`. A classifier of another
+            number of classes stays at random, which is logged; all other tensors must fit or be made to.
         **options: keyword arguments of the network, such as `drop_path_rate` for timm's or `width` for ours.
 
     Returns:
@@ -145,10 +145,12 @@ def check(
     num_classes: int = 1000,
     in_channels: int = 3,
     pretrained: Pretrained = False,
+    read: bool = True,
 ) -> None:
     """Raise what `create` would raise, without memory for weights; the random state stays as it is.
 
-    Nothing is downloaded: that a library publishes weights is checked, not that they arrive.
+    Nothing is downloaded: that a library publishes weights is checked, not that they arrive. Nor is a file of weights
+    looked at where `read` is false: a run that goes on has its own.
 
     Raises:
         UnknownNetwork: there is no network of that name.
@@ -161,7 +163,7 @@ def check(
             network = _create(name, num_classes, in_channels, options or {})
         if pretrained is True:
             _published(name, in_channels, options or {})
-        elif pretrained:
+        elif pretrained and read:
             check_file(network, pretrained)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+from engine.cohort.groups import Said, said_by
 from engine.cohort.optim import make_optimizer, make_schedule, set_weight_decay
 from engine.cohort.outline import Outline, outline
 from engine.cohort.peer import Peer, Resident
@@ -43,6 +44,7 @@ class Builder:
         replica_group: the ranks that hold the same peers.
         num_classes: of the data, whose images have `channels` and are `image_size` pixels wide.
         steps_per_epoch: which schedules are counted in.
+        initial: whether the weights are read that peers start from; not where those of a checkpoint follow.
     """
 
     def __init__(
@@ -56,11 +58,14 @@ class Builder:
         channels: int,
         image_size: int,
         steps_per_epoch: int,
+        initial: bool,
     ) -> None:
+        self._initial = initial and streams.device.type != "meta"
         self._config, self._placement, self._streams, self._replica_group = config, placement, streams, replica_group
         self._num_classes, self._channels, self._image_size = num_classes, channels, image_size
         self._steps_per_epoch = steps_per_epoch
         self._memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        self._of_trunk: Said = {}
         self.schedules: list[Scheduler] = []
         """Of all optimisers that have been made."""
 
@@ -84,7 +89,9 @@ class Builder:
         """The trunk that all peers share, if they share one, cut off the first peer's network."""
         if outline.trunk is None or not isinstance(method, SharedTrunk):
             return None
-        module, _ = cut(self._network(0, self._config.cohort[0][1].pretrained), outline.trunk)
+        whole = self._network(0, initial=True)
+        self._of_trunk = said_by(whole, self._config.optimizer)
+        module, _ = cut(whole, outline.trunk)
         below = {name: path for name, path in outline.taps.items() if _has(module, path)}
         taps = Taps(module, below, {})
         if self._config.precision.compile:
@@ -95,7 +102,8 @@ class Builder:
     def resident(self, index: int, outline: Outline, method: Method, trunk: Trunk | None) -> Resident:
         """A peer that lives here."""
         head = self._head(index, outline, method)
-        network = self._network(index, self._config.cohort[index][1].pretrained)
+        network = self._network(index, initial=True)
+        said = said_by(network, self._config.optimizer)
         whole = network
         if trunk is not None and outline.trunk is not None:
             _, network = cut(network, outline.trunk)
@@ -119,16 +127,16 @@ class Builder:
             whole=whole,
             wrapped=self._averaged(peer, self._replica_group, [names[id(p)] for p in unsynchronised]),
             unsynchronised=frozenset(names[id(p)] for p in unsynchronised),
-            optimizer=self.optimizer(peer),
+            optimizer=self.optimizer(peer, said),
             parameters=list(peer.parameters()),
             outer={names[id(p)]: p for p in outer},
             outer_optimizer=outer_optimizer,
             ema=ema,
         )
 
-    def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        """An optimiser and its schedule, for a module that is on its device already."""
-        optimizer = make_optimizer(module, self._config.optimizer)
+    def optimizer(self, module: nn.Module, said: Said | None = None) -> torch.optim.Optimizer:
+        """An optimiser and its schedule, for a module that is on its device already, and what is said of its groups."""
+        optimizer = make_optimizer(module, self._config.optimizer, said)
         self._schedule(optimizer)
         return optimizer
 
@@ -136,7 +144,7 @@ class Builder:
         """That of the modules that all peers share, if any of them learns."""
         if not any(p.requires_grad for p in shared.parameters()):
             return None
-        optimizer = make_optimizer(shared, self._config.optimizer)
+        optimizer = make_optimizer(shared, self._config.optimizer, self._of_trunk)
         if isinstance(method, OwnWeightDecay):
             set_weight_decay(optimizer, method.parameters(), method.weight_decay(self._config.method))
         self._schedule(optimizer)
@@ -151,12 +159,13 @@ class Builder:
         epochs = self._config.train.epochs
         self.schedules.append(make_schedule(optimizer, self._config.schedule, epochs, self._steps_per_epoch))
 
-    def _network(self, index: int, pretrained: bool | str = False) -> nn.Module:
+    def _network(self, index: int, *, initial: bool = False) -> nn.Module:
         peer = self._config.cohort[index][1]
+        pretrained = peer.pretrained if initial and self._initial else False
         on_meta = self._streams.device.type == "meta"
         with self._streams.initial_network(index), weightless(peer.network) if on_meta else contextlib.nullcontext():
             network = models.create(
-                peer.network, self._num_classes, self._channels, pretrained=pretrained and not on_meta, **peer.options
+                peer.network, self._num_classes, self._channels, pretrained=pretrained, **peer.options
             )
         return self._placed(network)
 
@@ -181,13 +190,13 @@ class Builder:
     def _average(self, whole: nn.Module, method: Method) -> ModelEmaV3 | Teacher | None:
         if isinstance(method, Teachers):
             return Teacher(whole, compiled=self._config.precision.compile)
-        decay = self._config.train.ema_decay
+        decay, warmup = self._config.train.ema_decay, self._config.train.ema_warmup
         if not decay:
             return None
         if self._streams.device.type != "meta":
-            return ModelEmaV3(whole, decay=decay)
+            return ModelEmaV3(whole, decay=decay, use_warmup=warmup)
         # timm's asks the device for a generator, which meta does not have.
-        average = ModelEmaV3(nn.Linear(1, 1), decay=decay)
+        average = ModelEmaV3(nn.Linear(1, 1), decay=decay, use_warmup=warmup)
         average.module = copy.deepcopy(whole).requires_grad_(False).eval()
         return average
 

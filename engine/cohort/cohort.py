@@ -43,6 +43,7 @@ class Cohort:
         channels: int,
         image_size: int,
         steps_per_epoch: int,
+        initial: bool = True,
     ) -> None:
         self.config, self.placement, self.device = config, placement, device
         self.num_classes, self.channels, self.image_size = num_classes, channels, image_size
@@ -54,7 +55,15 @@ class Cohort:
         self.streams = Streams(config.seed, placement.num_peers, placement.replica, device)
 
         sizes = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
-        builder = Builder(config, placement, self.streams, self.replica_group, steps_per_epoch=steps_per_epoch, **sizes)
+        builder = Builder(
+            config,
+            placement,
+            self.streams,
+            self.replica_group,
+            steps_per_epoch=steps_per_epoch,
+            initial=initial,
+            **sizes,
+        )
         outlines = [builder.outline(index) for index in range(placement.num_peers)]
         self.method = builder.method(outlines)
         self.turns = turns_of(type(self.method), config.method, placement.num_peers)
@@ -75,8 +84,23 @@ class Cohort:
         """The number of a signal that this rank got, 0 without; after an update the largest of any rank."""
 
     @classmethod
-    def on(cls, pipeline: Pipeline, config: RunConfig, placement: Placement, device: torch.device) -> Cohort:
-        """The cohort for the images of a pipeline. Raises: ConfigError, where they are not fit for the method."""
+    def on(
+        cls,
+        pipeline: Pipeline,
+        config: RunConfig,
+        placement: Placement,
+        device: torch.device,
+        *,
+        initial: bool = True,
+    ) -> Cohort:
+        """The cohort for the images of a pipeline.
+
+        Args:
+            initial: whether the weights are read that peers start from; not where those of a checkpoint follow.
+
+        Raises:
+            ConfigError: the images are not fit for the method.
+        """
         cohort = cls(
             config,
             placement,
@@ -85,6 +109,7 @@ class Cohort:
             channels=pipeline.channels,
             image_size=pipeline.image_size,
             steps_per_epoch=pipeline.steps_per_epoch,
+            initial=initial,
         )
         cohort.prepare(torch.from_numpy(pipeline.train_targets))
         return cohort
@@ -201,7 +226,7 @@ class Cohort:
         """Moves the residents' averages and teachers, after update number `step`."""
         decay = self.method.teacher_decay(self.config.method, step) if isinstance(self.method, Teachers) else None
         for resident in self.residents.values():
-            resident.update_average(decay)
+            resident.update_average(decay, step)
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
@@ -209,6 +234,13 @@ class Cohort:
         """Of each resident, then of the method's shared modules, then of outer steps."""
         shared = [self.shared_optimizer] if self.shared_optimizer else []
         return [*(r.optimizer for r in self.residents.values()), *shared, *self.outer_optimizers()]
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last layers of the first peer here."""
+        group = self.optimizers()[0].param_groups[0]
+        rate: float = group["lr"] / group.get("lr_scale", 1.0)
+        return rate
 
     def outer_optimizers(self) -> list[torch.optim.Optimizer]:
         """Of what outer steps move, of each resident that has some."""

@@ -14,6 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from engine.cohort.groups import GROUPING, Said, parameter_groups
 from engine.config import ConfigError, OptimizerConfig, ScheduleConfig
 
 
@@ -23,7 +24,10 @@ def check_optimizer(config: OptimizerConfig) -> None:
     if config.name not in names:
         near = difflib.get_close_matches(config.name, names, n=3) or ["sgd", "momentum", "adamw", "lamb"]
         raise ConfigError(f"optimizer.name = {config.name!r}: not one of timm's optimisers; nearest: {', '.join(near)}")
-    valid = _options(config.name)
+    try:
+        valid = _options(config.name)
+    except (AssertionError, ImportError, ValueError) as error:  # of a library that is not there, or wants a GPU
+        raise ConfigError(f"optimizer.name = {config.name!r}: cannot be used here: {error}") from None
     for option in config.options:
         if valid and option not in valid:
             # timm drops some that it knows from other optimisers without a word.
@@ -33,6 +37,12 @@ def check_optimizer(config: OptimizerConfig) -> None:
                 f"optimizer.options.{option} = {config.options[option]!r}: not an option of {config.name}{hint}; "
                 f"it has: {', '.join(valid)}"
             )
+    for option in GROUPING:
+        value = config.options.get(option, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ConfigError(f"optimizer.options.{option} = {value!r}: expected a number from 0 to 1")
+    if "layer_decay_min_scale" in config.options and "layer_decay" not in config.options:
+        raise ConfigError("optimizer.options.layer_decay_min_scale: has a meaning only beside layer_decay")
     try:
         make_optimizer(nn.Linear(1, 1), config)
     except (TypeError, ValueError) as error:
@@ -45,7 +55,7 @@ def _options(name: str) -> list[str]:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return []
     ours = {"params", "lr", "weight_decay", "momentum", "fused"}
-    return sorted({*parameters, "layer_decay"} - ours)
+    return sorted({*parameters, *GROUPING} - ours)
 
 
 def fusible(name: str) -> bool:
@@ -54,23 +64,25 @@ def fusible(name: str) -> bool:
     return "fused" in inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
 
 
-def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser of what of one peer is not frozen, fused into one kernel where PyTorch can."""
-    options: dict[str, Any] = dict(config.options)
+def make_optimizer(module: nn.Module, config: OptimizerConfig, said: Said | None = None) -> torch.optim.Optimizer:
+    """The optimiser of what of a module is not frozen, fused into one kernel where PyTorch can.
+
+    Args:
+        module: a peer, or what peers share.
+        config: of the optimiser.
+        said: the groups of the networks in it, see `engine.cohort.groups.said_by`; a whole network is asked itself.
+    """
+    options: dict[str, Any] = {key: value for key, value in config.options.items() if key not in GROUPING}
     if fusible(config.name):
         # Without numbers there are no fused kernels; those that stand in for them take no flag.
         options["foreach" if any(p.is_meta for p in module.parameters()) else "fused"] = True
     optimizer = timm.optim.create_optimizer_v2(
-        module,
+        parameter_groups(module, config, said or {}),
         opt=config.name,
         lr=config.lr,
-        weight_decay=config.weight_decay,
         momentum=config.momentum,
-        filter_bias_and_bn=not config.decay_norm_and_bias,
         **options,
     )
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if p.requires_grad]
     if isinstance(optimizer, torch.optim.SGD):
         # Fused SGD takes its buffers from uninitialised memory at the first update, and keeps them if that is skipped.
         for group in optimizer.param_groups:

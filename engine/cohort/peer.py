@@ -68,9 +68,10 @@ class Resident:
     ema: ModelEmaV3 | Teacher | None
     """The peer's moving average; a method's teacher, where it has one."""
 
-    def update_average(self, decay: float | None) -> None:
-        """Moves the average, if there is one, after an update; a teacher with the method's decay."""
+    def update_average(self, decay: float | None, step: int) -> None:
+        """Moves the average, if there is one, after update number `step`; a teacher with the method's decay."""
         if isinstance(self.ema, Teacher):
             self.ema.update(self.whole, decay or 0.0)
         elif self.ema is not None:
-            self.ema.update(self.whole)
+            # timm counts updates from 1, and takes no number for no warm-up.
+            self.ema.update(self.whole, step=step + 1 if self.ema.use_warmup else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from data_pipelines.config import with_moved_keys
@@ -34,6 +35,10 @@ def identity(config: RunConfig) -> dict[str, Any]:
             raw.pop(section)
         else:
             raw[section] = {key: value for key, value in raw[section].items() if key not in keys}
+    for peer in raw["peers"]:
+        if isinstance(peer["pretrained"], str):
+            # A run may be started from anywhere, and the file of its start may have been moved since.
+            peer["pretrained"] = Path(peer["pretrained"]).name
     return raw
 
 

@@ -84,14 +84,22 @@ _Loader.add_implicit_resolver(
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a config file with everything it inherits, applies `section.key=value` overrides and validates the whole.
 
+    The folder of a run, or the config.yaml in it, means that run, as `load_run`.
+
     Raises:
         ConfigError: naming every wrong key, its value, what was expected and the nearest valid choice.
     """
+    run = Path(path) if Path(path).is_dir() else Path(path).parent
+    means_run = run == Path(path) or Path(path).name == "config.yaml"
+    if means_run and (run / "config.yaml").is_file() and (run / "starts.json").is_file():
+        return load_run(run, overrides)
     return _with_overrides(_read(Path(path), ()), overrides)
 
 
 def load_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config that a run has written into its folder, by this version or by one whose keys stood elsewhere.
+
+    Wherever the folder was when that was written: `dir` is where it is now, unless an override says otherwise.
 
     Raises:
         ConfigError: it cannot be read, and as `load`.
@@ -99,6 +107,13 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     raw = _read(run / "config.yaml", ())
     if isinstance(raw.get("data"), dict):
         raw["data"] = with_moved_keys(raw["data"])
+    if not any(override.startswith(("dir=", "name=")) for override in overrides):
+        placement = raw.get("placement")
+        peer = placement.get("peer") if isinstance(placement, dict) else None
+        here = run.resolve()
+        if peer is not None and here.name != peer:
+            raise ConfigError(f"{run}: holds the run of the peer {peer!r}; expected a folder of that name")
+        raw["dir"] = str(here if peer is None else here.parent)
     return _with_overrides(raw, overrides)
 
 
@@ -122,7 +137,28 @@ def validate(raw: Mapping[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML that `load` takes."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return _yaml(config.model_dump(mode="json"))
+
+
+def dump_anywhere(config: RunConfig) -> str:
+    """The same, of use wherever one stands: paths of data and of weights are absolute."""
+    raw = config.model_dump(mode="json")
+    if raw["data"].get("root"):
+        raw["data"]["root"] = _absolute(raw["data"]["root"])
+    if raw["placement"].get("meeting"):
+        raw["placement"]["meeting"] = _absolute(raw["placement"]["meeting"])
+    for peer in raw["peers"]:
+        if isinstance(peer["pretrained"], str):
+            peer["pretrained"] = _absolute(peer["pretrained"])
+    return _yaml(raw)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _yaml(raw: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: str, where: str) -> Any:

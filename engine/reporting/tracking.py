@@ -19,7 +19,7 @@ import yaml
 from tqdm import tqdm
 
 from engine.config import RunConfig
-from engine.config.loading import dump
+from engine.config.loading import dump, dump_anywhere
 from engine.files import write_json, write_text
 from engine.ranks.placement import Placement
 
@@ -41,6 +41,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             break
         lines.append(line)
     return lines
+
+
+def last_evaluation(run: Path) -> dict[str, Any] | None:
+    """The last line of a run's metrics that holds an evaluation; NaN for what was not finite."""
+    scored = [line for line in read_metrics(run) if "val/disagreement" in line]
+    return {key: math.nan if x is None else x for key, x in scored[-1].items()} if scored else None
 
 
 def follow(
@@ -72,7 +78,7 @@ def follow(
 def record_start(config: RunConfig, world: int) -> None:
     """Keeps the resolved config, and for each start the command, the git revision, the machine and the versions."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    write_text(config.folder / "config.yaml", dump(config))
+    write_text(config.folder / "config.yaml", dump_anywhere(config))
     path = config.folder / "starts.json"
     start = {
         "command": sys.argv,

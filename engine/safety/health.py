@@ -89,8 +89,8 @@ EXPLAINED: dict[Collapse, str] = {
         "schedule.warmup_epochs, or other initial weights"
     ),
     "all images alike": (
-        "it gives all validation images the same probabilities: try a smaller optimizer.lr, schedule.warmup_epochs, "
-        "train.clip_norm, or other initial weights"
+        "it gave all validation images the same probabilities at two evaluations in a row: try a smaller "
+        "optimizer.lr, schedule.warmup_epochs, train.clip_norm, or other initial weights"
     ),
     "another's twin": (
         "its logits are another peer's, on all validation images, so the two have nothing to teach each other: let "
@@ -140,16 +140,23 @@ def without_gradient(reading: Reading, names: Sequence[str]) -> dict[str, Collap
     return found
 
 
-def collapsed(values: Mapping[str, float], names: Sequence[str]) -> dict[str, Collapse]:
+def collapsed(
+    values: Mapping[str, float], before: Mapping[str, float] | None, names: Sequence[str]
+) -> dict[str, Collapse]:
     """Peers that an evaluation shows to have collapsed.
+
+    One look is not enough to say that all images are alike: in the first evaluations of a deep network with BatchNorm
+    the running statistics may not be there yet, and every image gets the same for that reason alone.
 
     Args:
         values: as of `evaluate_cohort`.
+        before: those of the evaluation before, if there was one.
         names: of the peers.
     """
     found: dict[str, Collapse] = {}
     for name in names:
-        if values[f"val/{name}/spread"] < ALIKE:
+        spreads = [one[f"val/{name}/spread"] for one in (before, values) if one is not None]
+        if len(spreads) == 2 and max(spreads) < ALIKE:
             found[name] = "all images alike"
         elif len(names) > 1 and values[f"val/{name}/apart"] < ALIKE:
             found[name] = "another's twin"

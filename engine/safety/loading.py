@@ -16,6 +16,7 @@ from engine.cohort.cohort import Cohort
 from engine.files import digest
 from engine.ranks.tables import load_parts
 from engine.safety.checkpoint import CheckpointError, Manifest, folder_of, read_manifest, state_of, steps_on_disk
+from models.errors import first_line
 from models.stages import load_plain_state
 
 
@@ -52,9 +53,8 @@ def read_state(folder: Path, name: str) -> dict[str, Any]:
     try:
         state = torch.load(folder / name, map_location="cpu", weights_only=True)
     except Exception as error:  # What a file that somebody else made may raise has no end.
-        reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{folder / name}: refused, as it is no file of tensors and nothing in it is executed: {reason}"
+            f"{folder / name}: refused, as it is no file of tensors and nothing in it is executed: {first_line(error)}"
         ) from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{folder / name}: does not fit this run: expected a dict, found {type(state).__name__}")

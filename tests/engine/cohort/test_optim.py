@@ -159,6 +159,9 @@ def test_options_reach_the_optimiser() -> None:
     [
         (OptimizerConfig(name="sdg"), r"^optimizer\.name = 'sdg': not one of timm's optimisers; nearest: .*sgd"),
         (OptimizerConfig(options={"beta": 1}), r"^optimizer\.options\.beta = 1: not an option of sgd"),
+        (OptimizerConfig(options={"layer_decay": "a"}), r"^optimizer\.options\.layer_decay = 'a': expected a number"),
+        (OptimizerConfig(options={"layer_decay_min_scale": 0.1}), "has a meaning only beside layer_decay"),
+        (OptimizerConfig(name="bnbadam"), r"^optimizer\.name = 'bnbadam': cannot be used here"),
     ],
 )
 def test_what_timm_refuses_is_refused_by_name(config: OptimizerConfig, message: str) -> None:

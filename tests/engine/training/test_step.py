@@ -122,15 +122,23 @@ def averages(config: RunConfig) -> Any:
     return now, average
 
 
-def test_moving_average_follows_its_recurrence() -> None:
-    """a_0 = w_0, a_t = 0.7 a_{t-1} + 0.3 w_t, of parameters and BatchNorm statistics."""
-    [(now, average)] = run_world(1, averages, config_of(train={"epochs": 2, "ema_decay": 0.7}))
+# 1 - (1 + t)^(-2/3) for t = 0, 1, 2, 3
+WARMING = [0.0, 0.37003947505256341, 0.51925016050989999, 0.60314973700795013]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decays"), [(False, [0.7] * 4), (True, WARMING), (True, [min(d, 0.4) for d in WARMING])]
+)
+def test_moving_average_follows_its_recurrence(warmup: bool, decays: list[float]) -> None:
+    """a_0 = w_0, a_t = d_t a_{t-1} + (1 - d_t) w_t, of parameters and BatchNorm statistics."""
+    train = {"epochs": 2, "ema_decay": 0.4 if decays[-1] == 0.4 else 0.7, "ema_warmup": warmup}
+    [(now, average)] = run_world(1, averages, config_of(train=train))
     for name in now[0]:
         if not now[0][name].is_floating_point():
             continue
         expected = now[0][name].double()
         for t in range(1, 5):
-            expected = 0.7 * expected + 0.3 * now[t][name].double()
+            expected = decays[t - 1] * expected + (1 - decays[t - 1]) * now[t][name].double()
             torch.testing.assert_close(average[t][name].double(), expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(now[4]["fc.weight"], average[4]["fc.weight"])
 

@@ -1,0 +1,223 @@
+"""The sections of a config, each strict and with the meaning of its keys."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from losses import METHODS, MethodOptions
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+if TYPE_CHECKING:
+    AnyMethod = MethodOptions
+else:
+    _options = [method.Options for method in METHODS.values()]
+    AnyMethod = Annotated[functools.reduce(operator.or_, _options), Field(discriminator="name")]
+
+
+class PeerConfig(Section):
+    """One network of the cohort, or several alike."""
+
+    network: str = Field(
+        description="a name of ours (cifar_resnet32_b, cifar_wrn_28_10), timm/NAME or torchvision/NAME"
+    )
+    copies: int = Field(
+        1, ge=1, le=1024, description="how many peers have this network, each with its own initialisation"
+    )
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="name in logs and files; made from the network if absent",
+    )
+    options: dict[str, Any] = Field({}, description="arguments of the network, such as width or drop_path_rate")
+    pretrained: bool | str = Field(
+        False,
+        description="true: start from the weights that timm or torchvision publish, which downloads them; or the path "
+        "of a file of weights (.safetensors, .pt, .pth, .pth.tar, .bin, .ckpt), of this or another trainer",
+    )
+
+
+class OptimizerConfig(Section):
+    """A timm optimiser; one for each peer."""
+
+    name: str = Field("sgd", description="timm's name: sgd is SGD with Nesterov momentum, momentum is without")
+    lr: float = Field(0.1, gt=0, description="learning rate, for the global batch as it is: never rescaled")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum, for optimisers that have one")
+    weight_decay: float = Field(5e-4, ge=0, description="weight decay")
+    decay_norm_and_bias: bool = Field(
+        True,
+        description="whether biases and normalisation weights decay too; what a "
+        "network itself asks to leave out (position embeddings) never does",
+    )
+    options: dict[str, Any] = Field(
+        {},
+        description="further arguments of the optimiser, such as betas; "
+        "layer_decay, for networks of timm: the rate of a layer is that of the next one times this",
+    )
+
+
+class ScheduleConfig(Section):
+    """A timm schedule of the learning rate, stepped at every update."""
+
+    name: Literal["step", "cosine", "constant"] = Field("cosine", description="step falls by gamma at each milestone")
+    milestones: list[Annotated[float, Field(gt=0)]] = Field([], description="step: epochs done when the rate falls")
+    gamma: float = Field(0.1, gt=0, le=1, description="step: factor at each milestone")
+    min_lr: float = Field(0.0, ge=0, description="cosine: where it ends")
+    warmup_epochs: float = Field(0, ge=0, description="epochs of linear warm-up at the start")
+    warmup_lr: float = Field(1e-5, ge=0, description="where the warm-up starts")
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_step(self) -> ScheduleConfig:
+        if self.name == "step" and not self.milestones:
+            raise ValueError("milestones = []: name = step needs at least one epoch, such as [60, 120, 180]")
+        if self.name != "step" and self.milestones:
+            raise ValueError(
+                f"milestones = {self.milestones}: only name = step has milestones, found name = {self.name}"
+            )
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError(f"milestones = {self.milestones}: expected ascending epochs, each once")
+        return self
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: int = Field(ge=1, description="passes over the training data")
+    accumulation: int = Field(1, ge=1, description="micro-batches of one global batch, one after another on a rank")
+    clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of each peer; null: no clipping")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of each peer's moving average; null: none")
+    ema_warmup: bool = Field(
+        True,
+        description="the decay before update t is at most 1 - (1 + t)^(-2/3), as in timm, so that initial weights "
+        "are soon forgotten; false: the same from the start",
+    )
+    sync_bn: bool = Field(False, description="BatchNorm statistics over the replica group instead of one rank's rows")
+    max_skipped: int = Field(20, ge=1, description="non-finite updates in a row that end the run")
+    timeout: float = Field(
+        300.0,
+        gt=0,
+        description="seconds, after the first step, that ranks wait for one that does not answer before the run fails; "
+        "more than writing a checkpoint takes",
+    )
+
+
+class PrecisionConfig(Section):
+    """Number formats and memory layout."""
+
+    amp: Literal["float32", "bf16", "fp16"] = Field(
+        "float32", description="autocast of the networks; losses stay float32"
+    )
+    tf32: bool = Field(True, description="TF32 in float32 matrix products and convolutions on GPUs that have it")
+    channels_last: bool = Field(True, description="channels-last memory for images and networks")
+    compile: bool = Field(False, description="torch.compile the networks")
+
+
+class PlacementConfig(Section):
+    """Which rank computes which peer."""
+
+    kind: Literal["auto", "colocated", "spread", "hybrid", "jobs"] = Field(
+        "auto",
+        description="colocated: all peers on every rank; spread: one peer a rank; hybrid: peers_per_rank on each; "
+        "auto: as few a rank as the number of ranks allows; jobs: one peer in each of K jobs, which meet in a folder",
+    )
+    peers_per_rank: int | None = Field(None, ge=1, description="hybrid: peers on each rank, a divisor of their number")
+    exchange_dtype: Literal["float32", "bf16"] = Field("float32", description="number format of signals under way")
+    meeting: Path | None = Field(
+        None, strict=False, description="jobs: the folder, seen by all of them, where peers leave their weights"
+    )
+    peer: str | None = Field(None, description="jobs: the name of the peer that this job trains")
+
+    @model_validator(mode="after")
+    def _peers_per_rank_belongs_to_hybrid(self) -> PlacementConfig:
+        if (self.kind == "hybrid") != (self.peers_per_rank is not None):
+            raise ValueError(
+                f"peers_per_rank = {self.peers_per_rank}: kind = hybrid needs a number of peers, other kinds have "
+                f"none; found kind = {self.kind}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _meeting_belongs_to_jobs(self) -> PlacementConfig:
+        if (self.kind == "jobs") != (self.meeting is not None):
+            raise ValueError(
+                f"meeting = {self.meeting and str(self.meeting)!r}: kind = jobs needs a folder where peers meet, other "
+                f"kinds have none; found kind = {self.kind}"
+            )
+        if self.peer is not None and self.kind != "jobs":
+            raise ValueError(f"peer = {self.peer!r}: only a job of kind = jobs has one; found kind = {self.kind}")
+        return self
+
+
+class EvaluationConfig(Section):
+    """When and how the validation images are counted."""
+
+    every_epochs: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
+    batch: int = Field(500, ge=1, description="validation images in one forward on a rank")
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    every_epochs: int = Field(1, ge=1, description="epochs between checkpoints; the last epoch is always saved")
+    every_steps: int | None = Field(None, ge=1, description="also every so many steps; null: only at ends of epochs")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
+
+
+class HealthConfig(Section):
+    """Numbers that go wrong, and what is done about it."""
+
+    spike_factor: float | None = Field(
+        2.5,
+        gt=1,
+        description="a step whose loss is this many times the median of those before may be a spike; null: none is",
+    )
+    spike_deviations: float = Field(
+        15.0,
+        ge=0,
+        description="it is one if it is as many median absolute deviations above: losses of small batches scatter",
+    )
+    spike_floor: float = Field(
+        0.5, gt=0, description="smallest median reckoned with: batches of a nearly learned set differ by many times"
+    )
+    spike_window: int = Field(
+        100, ge=2, description="steps before, of which the median is; nothing is a spike until half of them are there"
+    )
+    rollback: bool = Field(
+        False,
+        description="at a spike, or instead of ending at train.max_skipped: go back to the last checkpoint from before "
+        "and leave out the steps that went wrong",
+    )
+    max_rollbacks: int = Field(3, ge=1, description="rollbacks of a run; the next one ends it")
+
+
+class ReportConfig(Section):
+    """Which network stands for the run."""
+
+    deployed: Literal["first", "best", "mean", "leader", "ema", "ensemble"] | None = Field(
+        None,
+        description="whose accuracy is the run's in a report: the first peer, the one that is best at the last "
+        "evaluation, the mean of all peers, the leader (okddip), the moving average of the first peer, or the mean of "
+        "all peers' probabilities; null: what the method's paper reports",
+    )
+
+
+class LogConfig(Section):
+    """What is reported, where."""
+
+    every_steps: int = Field(
+        50, ge=1, description="steps of an epoch between lines of metrics; the host waits for the device there"
+    )
+    progress: bool = Field(True, description="a progress bar with the time that is left")
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        "disabled", description="wandb's mode; only online uses a network"
+    )
+    wandb_project: str = Field("cohort", description="wandb's project")
+    wandb_timeout: float = Field(30.0, gt=0, description="seconds to wait for wandb before going on without it")
