@@ -51,3 +51,53 @@ def test_nothing_on_disk_is_unpickled_or_executed() -> None:
                 ), path
                 assert called != "torch.load" or keywords.get("weights_only") == "True", path
                 assert called not in ("np.load", "numpy.load") or keywords.get("allow_pickle") == "False", path
+
+
+ROOMS = ("data_pipelines", "engine", "launch", "losses", "models")
+OURS = sorted(path for room in (*ROOMS, "tests") for path in (ROOT / room).rglob("*.py"))
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_no_file_is_longer_than_400_lines_and_no_class_than_200() -> None:
+    long = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in OURS}
+    classes = {
+        f"{path.relative_to(ROOT)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in OURS
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {name: lines for name, lines in long.items() if lines > 400} == {}
+    assert {name: lines for name, lines in classes.items() if lines > 201} == {}
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path, known: set[str]) -> set[str]:
+    """The modules of ours that a file names, at its top or inside a function."""
+    named: set[str] = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from engine.safety import loading` is of the module, not of the package.
+            named |= (inner & known) or {node.module}
+            named |= {node.module} if inner - known else set()
+    return named & known - {_module(path)}
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    graph = {_module(path): path for path in OURS if path.parts[len(ROOT.parts)] != "tests"}
+    left = {module: _imports(path, set(graph)) for module, path in graph.items()}
+    # What imports nothing that is left can be imported; what never can be stands in a circle, or above one.
+    while ready := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in ready:
+            del left[module]
+    assert left == {}
