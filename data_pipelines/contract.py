@@ -56,6 +56,7 @@ class Pipeline(ABC):
             that shapes are static.
         train_targets: class of each sample of the training split, by its id: int64 [train_size + held_out_size], -1
             for those that are held out, which a memory of all samples must leave alone.
+        contents: what the data set holds, see :func:`data_pipelines.digest.contents`; where it differs, the data do.
     """
 
     num_classes: int
@@ -68,6 +69,7 @@ class Pipeline(ABC):
     global_batch: int
     steps_per_epoch: int
     train_targets: NDArray[np.int64]
+    contents: dict[str, str]
 
     @abstractmethod
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:

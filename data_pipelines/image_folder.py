@@ -19,6 +19,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, DataError, Pipeline
 from data_pipelines.decoding import windows
 from data_pipelines.decoding.dali import Graph, Plan, Work
+from data_pipelines.digest import contents
 from data_pipelines.pixels import Normalise
 from data_pipelines.sampling import Sampling
 from data_pipelines.sources.class_folders import FETCH, Files, list_folder
@@ -54,6 +55,8 @@ class ImageFolder(Pipeline):
         self.eval_size = len(self._val.listing.names)
         self.global_batch, self.steps_per_epoch = config.global_batch, self._sampling.steps
         self.train_targets = self._sampling.targets
+        splits = [(files.listing.names, files.listing.labels) for files in (self._train, self._val)]
+        self.contents = contents(self.class_names, *splits)
         self._config, self._seed, self._device = config, seed, device
         self._normalise = Normalise(*config.normalisation, config.image.size, device)
         self._idle: dict[Plan, Graph] = {}

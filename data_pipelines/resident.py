@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from data_pipelines import order
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, Pipeline
+from data_pipelines.digest import contents
 from data_pipelines.pixels import Normalise
 from data_pipelines.sampling import Sampling
 from data_pipelines.sources.standard_sets import STANDARD, Split
@@ -38,6 +39,7 @@ class ResidentSet(Pipeline):
         self.eval_size = len(test.labels)
         self.global_batch, self.steps_per_epoch = config.global_batch, self._sampling.steps
         self.train_targets = self._sampling.targets
+        self.contents = contents(self.class_names, (train.images, train.labels), (test.images, test.labels))
         self._config, self._seed, self._device = config, seed, device
         self._train, self._test = (_to_device(split, device) for split in (train, test))
         self._normalise = Normalise(*config.normalisation, standard.side, device)

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """Opens a regular file, and neither waits at a pipe or a device nor follows a link in its place.
+
+    Raises:
+        OSError: with the path; it is something else, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a regular file. Raises: OSError, as `open_to_read`."""
+    with open_to_read(path) as file:
+        return file.read()
 
 
 def sync(path: Path) -> None:
@@ -41,7 +62,7 @@ def write_json(path: Path, value: Any) -> None:
 def digest(path: Path) -> dict[str, int | str]:
     """Size in bytes and SHA-256 of a file."""
     sha = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         while block := file.read(1 << 20):
             sha.update(block)
     return {"size": path.stat().st_size, "sha256": sha.hexdigest()}

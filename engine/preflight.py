@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from engine.cohort.groups import check_grouping
 from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.config import ConfigError, PeerConfig, RunConfig
-from engine.config.identity import differences, identity
+from engine.config.identity import completed, differences, identity
 from engine.config.loading import load_run
 from engine.ranks.collectives import Launch, choose_device
 from engine.ranks.meeting import foreign, path_of
@@ -142,14 +143,25 @@ def _check_folder(key: str, folder: Path, wanted: str) -> None:
 
 
 def _check_same_run(config: RunConfig) -> None:
-    path = config.folder / "config.yaml"
-    if not path.exists() or not checkpoint.steps_on_disk(config.folder):
+    if not checkpoint.steps_on_disk(config.folder):
         return
-    for key, (before, now) in differences(identity(load_run(config.folder)), identity(config)).items():
+    for key, (before, now) in differences(_identity_on_disk(config), identity(config)).items():
         raise ConfigError(
             f"{key} = {now!r}: the run in {config.folder} was started with {before!r}; give this one another name= or "
             "dir=, or start over with --fresh, which moves that folder aside"
         )
+
+
+def _identity_on_disk(config: RunConfig) -> dict[str, Any]:
+    """Of the run in the folder: by its newest checkpoint that says it, else by its config.yaml, else of this one."""
+    for step in reversed(checkpoint.steps_on_disk(config.folder)):
+        with suppress(checkpoint.CheckpointError):
+            found = checkpoint.read_manifest(checkpoint.folder_of(config.folder, step)).config
+            if found:
+                return completed(found, config)
+    if (config.folder / "config.yaml").exists():
+        return identity(load_run(config.folder))
+    return identity(config)
 
 
 def _check_same_meeting(config: RunConfig) -> None:

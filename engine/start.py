@@ -1,4 +1,5 @@
-"""What the ranks of a run settle with each other before the first of them reads a checkpoint: whose the folder is."""
+"""What the ranks of a run settle with each other before the first of them reads a checkpoint: whose the folder is, and
+that they are of one mind about what is trained."""
 
 from __future__ import annotations
 
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from data_pipelines import DataError, Pipeline, open_pipeline
 from engine.config import ConfigError, RunConfig
 from engine.files import move_aside
 from engine.ranks.collectives import Launch
 from engine.ranks.owner import Owner, holds, take
+from engine.ranks.roll_call import roll_call
 
 PATIENCE = 10.0
 """Seconds until what one rank has written to a shared folder must be seen by the others."""
@@ -89,6 +93,27 @@ def _take(config: RunConfig, owners: list[Owner], fresh: bool, stop: Callable[[]
     if meeting is not None and peer is not None:
         place = meeting.expanduser() / "owners" / peer
         owners.append(take(place, f"placement.meeting = {str(meeting)!r}, placement.peer = {peer}", stop, say))
+
+
+def open_together(config: RunConfig, device: torch.device) -> Pipeline:
+    """Opens the data set, and compares all ranks. All ranks call this.
+
+    Raises:
+        ConfigError: on all ranks, see `engine.ranks.roll_call`.
+    """
+    pipeline, failure = None, None
+    try:
+        pipeline = open_pipeline(config.data, config.seed, device)
+    except (DataError, OSError) as error:
+        failure = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    try:
+        roll_call(config, device, pipeline.contents if pipeline else {}, failure)
+        assert pipeline is not None  # or some rank has failed
+        return pipeline
+    except BaseException:
+        if pipeline:
+            pipeline.close()
+        raise
 
 
 def _check_that_all_see(folder: Path, path: Path, token: str) -> None:

@@ -7,13 +7,12 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipelines import Batch, DataError, Pipeline, open_pipeline
+from data_pipelines import Batch, DataError, Pipeline
 from engine.cohort.cohort import Cohort
 from engine.cohort.precision import set_precision
 from engine.config import RunConfig
@@ -24,14 +23,15 @@ from engine.ranks.heartbeat import heartbeat
 from engine.ranks.placement import Placement
 from engine.reporting.lines import Stretch, report_end, report_scores, report_training
 from engine.reporting.tracking import Tracker, follow, last_evaluation
-from engine.safety import loading, rollback
+from engine.safety import going_on, loading, rollback
 from engine.safety.answers import Told, answer, tell_collapses
-from engine.safety.checkpoint import Best, Manifest, Standing
+from engine.safety.checkpoint import Best, Standing
+from engine.safety.going_on import Standpoint
 from engine.safety.health import LINES_SHOW, SCORES_SHOW, LossWatch, collapsed, examine
 from engine.safety.preemption import Preemption
-from engine.safety.rollback import GoBack, Rollback
+from engine.safety.rollback import GoBack
 from engine.safety.saving import Saver
-from engine.start import Claim, claim
+from engine.start import Claim, claim, open_together
 from engine.training.due import Due, due
 from engine.training.evaluation import evaluate_cohort, survey
 from engine.training.guards import check_same_rows, check_same_weights
@@ -71,7 +71,7 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False, preempted: 
         process_group(launch, device),
         claim(config, launch, fresh=fresh, stop=preemption.was_asked) as held,
     ):
-        pipeline = open_pipeline(config.data, config.seed, device)
+        pipeline = open_together(config, device)
         try:
             while (run := _train_until_rollback(config, launch, placement, device, pipeline, preemption, held)) is None:
                 gc.collect()  # The networks of before have cycles, and those that are built next need the memory.
@@ -133,20 +133,17 @@ class _Run:
         self._preemption = preemption
         self.stopped_by: signal.Signals | None = None
         """The signal that ends the run before its end."""
+        found = going_on.find(config, pipeline, placement.rank)
         self.steps_per_epoch = pipeline.steps_per_epoch
         self.steps = config.train.epochs * self.steps_per_epoch
-        found: list[Any] = [None, None, None]
-        if placement.rank == 0:
-            found = list(rollback.where_to_go_on(config.folder))
-        dist.broadcast_object_list(found, src=0)
-        self.cohort = Cohort.on(pipeline, config, placement, device, initial=found[0] is None)
+        self.cohort = Cohort.on(pipeline, config, placement, device, initial=found.manifest is None)
         self.meter = Meter(placement, device)
         self.losses = LossWatch(config.health, {})
-        self.rollbacks: list[Rollback] = []
+        self.rollbacks = found.rollbacks
         self.step = 0
         self.best: Best | None = None
         self.tracker: Tracker | None = None
-        self._resume(*found)
+        self._resume(found)
         self._alert = self.tracker.alert if self.tracker else None
         self._told: Told = frozenset()
         say = self.tracker.say if self.tracker else _say_nothing
@@ -160,8 +157,8 @@ class _Run:
         self._limited = False
         self._last_line = (time.perf_counter(), self.step)
 
-    def _resume(self, manifest: Manifest | None, damaged: list[str], rollbacks: list[Rollback]) -> None:
-        self.rollbacks = rollbacks
+    def _resume(self, found: Standpoint) -> None:
+        manifest = found.manifest
         if manifest is not None:
             loading.load(self.config.folder, manifest, self.cohort)
             self.step, self.best = manifest.step, manifest.best
@@ -170,7 +167,7 @@ class _Run:
         elif self.cohort.meeting is not None:
             self.cohort.meeting.start_over()
         if self.placement.rank == 0:
-            self.tracker = follow(self.config, self.placement, self.step, self.steps, damaged, self._held.check)
+            self.tracker = follow(self.config, self.placement, self.step, self.steps, found.said, self._held.check)
             write_json(self.config.folder / "classes.json", self.pipeline.class_names)
         if not self.step:
             say = self.tracker.say if self.tracker else _say_nothing
@@ -238,7 +235,15 @@ class _Run:
                 self.best, save = Best(self.step, top1), True
         if save and keeps:
             self._aside = "checkpoint"
-            standing = Standing(self.step, self.best, self.meter.in_a_row, self.losses.recent, len(self.rollbacks))
+            standing = Standing(
+                self.step,
+                self.best,
+                self.meter.in_a_row,
+                self.losses.recent,
+                len(self.rollbacks),
+                self.steps_per_epoch,
+                self.pipeline.contents,
+            )
             # A checkpoint after lines that are not on disk would make their loss final.
             hindrance = self.tracker.catch_up() if self.tracker else None
             self.saver.save(standing, self.config.checkpoint.keep, hindrance)

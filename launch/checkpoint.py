@@ -29,7 +29,7 @@ from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import CheckpointError
 from launch.entry import parser, user_errors
-from launch.run_folder import choose_step
+from launch.run_folder import choose_step, use
 
 EPILOG = "Exit codes: 0 all is well, 1 verify has found damage, 2 a mistake in the command line, or show cannot read."
 
@@ -107,16 +107,20 @@ def verify(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """prints what is in a checkpoint: its manifest, and the tensors of each file"""
-    (step,) = _steps(options.run, options.checkpoint)
-    folder = checkpoint.folder_of(options.run, step)
-    manifest = loading.verify(folder)
+    use(options.run, options.checkpoint, lambda manifest: _show(options.run, manifest))
+    return 0
+
+
+def _show(run: Path, manifest: checkpoint.Manifest) -> None:
+    folder = checkpoint.folder_of(run, manifest.step)
+    states = {name: loading.read_state(folder, name, entry) for name, entry in manifest.files.items()}
     best = manifest.best and f"step {manifest.best.step}, mean top-1 {manifest.best.top1:.2f} %"
     print(f"{folder}\n  method   {manifest.method}\n  peers    {', '.join(manifest.peers)}")
     print(f"  classes  {manifest.num_classes}\n  channels {manifest.channels}\n  best     {best or '-'}")
     print(f"  skipped  {manifest.in_a_row} updates in a row")
     for name, entry in manifest.files.items():
         print(f"\n{name}: {_bytes(entry.size)}, SHA-256 {entry.sha256}")
-        for part, state in loading.read_state(folder, name).items():
+        for part, state in states[name].items():
             found = [] if state is None else list(_values("", state))
             numbers = sum(value.numel() for _, value in found if isinstance(value, Tensor))
             print(f"  {part}: {f'{numbers:,} numbers' if found else 'none'}")
@@ -127,7 +131,6 @@ def show(options: argparse.Namespace) -> int:
                     print(f"    {key:{width}}  {dtype:9} {list(value.shape)!s:20} {value.numel():,}")
                 else:
                     print(f"    {key:{width}}  {value!r}")
-    return 0
 
 
 def prune(options: argparse.Namespace) -> int:

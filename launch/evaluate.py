@@ -23,7 +23,7 @@ from engine.ranks.placement import plan
 from engine.safety import loading
 from engine.training.evaluation import evaluate_cohort
 from launch.entry import parser, require_torchrun, user_errors
-from launch.run_folder import open_run
+from launch.run_folder import settings_of, use_together
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     launch = Launch.from_environment()
     with user_errors(launch):
         require_torchrun("launch/evaluate.py")
-        config, manifest = open_run(options.run, options.checkpoint, options.overrides)
+        config = settings_of(options.run, options.overrides)
         device = choose_device(config.device, launch)
         placement = plan(config, launch.world, launch.rank)
         check_data(config)
@@ -45,7 +45,9 @@ def main() -> None:
         start(launch, device)
         pipeline = open_pipeline(config.data, config.seed, device)
         cohort = Cohort.on(pipeline, config, placement, device, initial=False)
-        loading.load(options.run, manifest, cohort)
+        manifest = use_together(
+            options.run, options.checkpoint, lambda chosen: loading.load(options.run, chosen, cohort)
+        )
         values = evaluate_cohort(cohort, pipeline)
         pipeline.close()
         dist.destroy_process_group()

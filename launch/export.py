@@ -22,7 +22,7 @@ from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint, loading
 from launch.entry import parser, user_errors
-from launch.run_folder import open_run
+from launch.run_folder import settings_of, use
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, metavar="DIR", help="where to write; RUN/export if absent")
     options = arguments.parse_args()
     with user_errors(Launch.from_environment()):
-        config, manifest = open_run(options.run, options.checkpoint)
+        config = settings_of(options.run)
         cohort = dict(config.trained)
         if options.peer and options.peer not in cohort:
             near = difflib.get_close_matches(options.peer, cohort, n=1)
@@ -43,9 +43,14 @@ def main() -> None:
             raise ConfigError(f"--peer {options.peer}: {options.run} has the peers {', '.join(cohort)}{hint}")
         out = options.out or options.run / "export"
         out.mkdir(parents=True, exist_ok=True)
-        for name in [options.peer] if options.peer else cohort:
-            path = export(options.run, config, manifest, name, cohort[name], out, ema=options.ema)
-            print(f"{path} and {path.with_suffix('.safetensors').name}: step {manifest.step}, logits compared, equal")
+
+        def write(manifest: checkpoint.Manifest) -> None:
+            for name in [options.peer] if options.peer else cohort:
+                path = export(options.run, config, manifest, name, cohort[name], out, ema=options.ema)
+                with_it = path.with_suffix(".safetensors").name
+                print(f"{path} and {with_it}: step {manifest.step}, logits compared, equal")
+
+        use(options.run, options.checkpoint, write)
 
 
 def export(

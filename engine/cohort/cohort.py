@@ -25,6 +25,7 @@ from engine.ranks.collectives import group_of, leave
 from engine.ranks.exchange import Exchange
 from engine.ranks.meeting import Meeting
 from engine.ranks.placement import Placement
+from engine.ranks.roll_call import program
 from engine.ranks.tables import make_table
 from losses import Progress, Signals, Terms
 from losses.capabilities import AllRows, LooksAtImages, MeetsAsJobs, Tables, Teachers, turns_of
@@ -112,6 +113,8 @@ class Cohort:
             initial=initial,
         )
         cohort.prepare(torch.from_numpy(pipeline.train_targets))
+        if cohort.meeting is not None:
+            cohort.meeting.program = program(pipeline.contents)
         return cohort
 
     def prepare(self, classes: Tensor) -> None:

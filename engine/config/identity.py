@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.config import with_moved_keys
-from engine.config import RunConfig
+from engine.config import ConfigError, RunConfig
+from engine.config.loading import validate
 
 NUMBERS_DO_NOT_DEPEND_ON = {
     "name": None,
@@ -40,6 +41,28 @@ def identity(config: RunConfig) -> dict[str, Any]:
             # A run may be started from anywhere, and the file of its start may have been moved since.
             peer["pretrained"] = Path(peer["pretrained"]).name
     return raw
+
+
+def completed(stored: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The identity of a run by an earlier version of this program, as this one would write it: keys that stood
+    elsewhere are moved, and those that were not there yet have their defaults.
+
+    Args:
+        stored: an identity.
+        config: of any run of the same kind; only keys that numbers do not depend on are taken from it.
+    """
+    stored = {**stored, "data": with_moved_keys(stored["data"])} if isinstance(stored.get("data"), dict) else stored
+    raw = config.model_dump(mode="json")
+    merged = dict(stored)
+    for section, keys in NUMBERS_DO_NOT_DEPEND_ON.items():
+        if keys is None:
+            merged[section] = raw[section]
+        elif isinstance(stored.get(section), dict):
+            merged[section] = {**stored[section], **{key: raw[section][key] for key in keys if key in raw[section]}}
+    try:
+        return identity(validate(merged))
+    except ConfigError:  # A key that is gone by now: then that is the difference.
+        return stored
 
 
 def identity_of_cohort(config: RunConfig) -> dict[str, Any]:

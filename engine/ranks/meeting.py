@@ -93,6 +93,8 @@ class Meeting:
         self._first = placement.rank == 0
         self._name, self._path = names[self._peer], path_of(config, names[self._peer])
         self._config = identity_of_cohort(config)
+        self.program: dict[str, str] = {}
+        """What the other jobs must train with as well, see `engine.ranks.roll_call.program`."""
         self._num_peers, self._shapes = len(names), shapes
         self._others = {
             k: _Other(name, path_of(config, name), shapes[k]) for k, name in enumerate(names) if k != self._peer
@@ -139,6 +141,7 @@ class Meeting:
             "step": str(step),
             "sha256": _sha256(tensors),
             "config": json.dumps(self._config),
+            "program": json.dumps(self.program),
         }
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +188,10 @@ class Meeting:
             raise ValueError(f"of peer {about['peer']!r}")
         for key, (before, now) in differences(read_identity(about["config"]), self._config).items():
             raise ValueError(f"of another run: {key} = {before!r} there, {now!r} here")
+        program = json.loads(about.get("program", "{}"))
+        for key in self.program.keys() & program.keys():
+            if program[key] != self.program[key]:
+                raise ValueError(f"{key}: {str(program[key])[:100]!r} there, {self.program[key]!r} here")
         found = {name: (*x.shape, str(x.dtype)) for name, x in tensors.items()}
         expected = {name: (*shape, str(wire)) for name, shape in other.shapes.items()}
         if found != expected:

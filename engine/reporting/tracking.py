@@ -27,20 +27,23 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "wandb", "nvidia-dali-cuda
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, up to one that was cut short by a kill or is no line of ours."""
-    path = run / "metrics.jsonl"
+    """The lines of a run's `metrics.jsonl`, but for one that was cut short by a kill or is no line of ours."""
+    return [line for _, line in _lines(run / "metrics.jsonl") if line is not None]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file as they stand there, and what they say; None for what is no line of ours."""
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(line, dict) or type(line.get("step")) is not int:
-            break
-        lines.append(line)
-    return lines
+    return [(text, _parsed(text)) for text in path.read_bytes().split(b"\n") if text]
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 def last_evaluation(run: Path) -> dict[str, Any] | None:
@@ -54,20 +57,20 @@ def follow(
     placement: Placement,
     step: int,
     steps: int,
-    damaged: Sequence[str],
+    said: Sequence[str],
     check: Callable[[], None] = lambda: None,
 ) -> Tracker:
     """Begins to follow a run on rank 0, wherever it stands, and says so.
 
     Args:
         step: where it goes on, of `steps`.
-        damaged: what is wrong with checkpoints that are not used.
+        said: what a person should be told first, such as which checkpoints are not used.
         check: raises an OSError where the run's folder belongs to another run by now.
     """
     record_start(config, placement.world)
     tracker = Tracker(config, step, steps, check)
-    for message in damaged:
-        tracker.say(f"not used: {message}")
+    for message in said:
+        tracker.say(message)
     tracker.say(f"{config.title}: {config.method.name}, {placement}; {config.folder}")
     if step:
         state = "complete" if step >= steps else "going on"
@@ -135,13 +138,11 @@ class _Stderr:
 
 
 class Tracker:
-    """Writes what a run measures. A step is written once: what a killed run wrote after its checkpoint is cut off."""
+    """Writes what a run measures. A step is written once: what a killed run wrote after its checkpoint goes aside."""
 
     def __init__(self, config: RunConfig, step: int, steps: int, check: Callable[[], None] = lambda: None) -> None:
         self._path, self._check = config.folder / "metrics.jsonl", check
-        kept = [line for line in read_metrics(config.folder) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_text(self._path, text)
+        text = _cut_after(self._path, step)
         self._size, self._unwritten = len(text), ""
         self._wandb = _start_wandb(config, step)
         self._exit_code = 0
@@ -232,6 +233,26 @@ class Tracker:
                 self._wandb.finish(exit_code=self._exit_code)
             except Exception as error:  # as above
                 self.say(f"wandb: {error}")
+
+
+def _cut_after(path: Path, step: int) -> str:
+    """Takes lines of later steps, and what is no line, out of a file of metrics. They are kept beside it.
+
+    Returns:
+        What stays.
+    """
+    kept, cut = [], []
+    for text, line in _lines(path):
+        if line is not None and line["step"] <= step:
+            kept.append(json.dumps(line))
+        else:
+            cut.append(text + b"\n")
+    if cut:
+        with path.with_name("metrics.cut.jsonl").open("ab") as aside:
+            aside.write(b"".join(cut))
+    text_kept = "".join(line + "\n" for line in kept)
+    write_text(path, text_kept)
+    return text_kept
 
 
 def _start_wandb(config: RunConfig, step: int) -> Any:

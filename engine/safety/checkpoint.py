@@ -19,7 +19,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,7 +30,10 @@ from engine.cohort.peer import Resident
 from engine.files import write_json
 from models.stages import plain_state
 
-VERSION = 2
+VERSION = 3
+
+EARLIER = (2,)
+"""Versions that are read as well: without the run's config, its data and the steps of an epoch."""
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -68,9 +71,13 @@ class Standing:
     """Losses of the last steps, of each peer, see `engine.safety.health`."""
     rollbacks: _Count
     """How often the run has gone back, see `engine.safety.rollback`."""
+    steps_per_epoch: _Count = 0
+    """0 where it is not known."""
+    data: dict[str, str] = field(default_factory=dict)
+    """What the data set holds, see `data_pipelines.Pipeline.contents`; {} where it is not known."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
 class Manifest(Standing):
     """What a checkpoint says of itself."""
 
@@ -80,6 +87,8 @@ class Manifest(Standing):
     channels: Annotated[int, Field(ge=1, lt=2**31)]
     scaler: dict[str, float | int]
     files: dict[str, FileEntry]
+    config: dict[str, Any] = field(default_factory=dict)
+    """Of the run, as far as its numbers depend on it, see `engine.config.identity`; {} where it is not known."""
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -172,10 +181,12 @@ def _parse_manifest(path: Path) -> Manifest:
             path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once, parse_constant=_refuse_constant
         )
         version, signature = raw.pop("version"), raw.pop("sha256", None)
-        if version != VERSION:
+        if version != VERSION and version not in EARLIER:
             raise CheckpointError(f"{path}: version {version!r}; this program reads version {VERSION}")
         if signature != _signature({"version": version, **raw}):
             raise CheckpointError(f"{path}: altered: its SHA-256 is not the one that it names")
+        if version == VERSION:
+            raw["steps_per_epoch"], raw["data"], raw["config"]  # KeyError: only earlier ones go without.
         return TypeAdapter(Manifest).validate_json(json.dumps(raw))
     except ValidationError as error:
         first = error.errors()[0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
+import socket
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.cohort.cohort import Cohort
-from engine.files import digest
+from engine.files import digest, read_bytes
 from engine.ranks.tables import load_parts
-from engine.safety.checkpoint import CheckpointError, Manifest, folder_of, read_manifest, state_of, steps_on_disk
+from engine.safety.checkpoint import (
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    folder_of,
+    read_manifest,
+    state_of,
+    steps_on_disk,
+)
 from models.errors import first_line
 from models.stages import load_plain_state
 
@@ -34,24 +44,40 @@ def verify(folder: Path) -> Manifest:
 
 
 def newest(run: Path) -> tuple[Manifest | None, list[str]]:
-    """The newest checkpoint that is whole, if there is one, and what is wrong with those that are newer."""
-    damaged: list[str] = []
-    for step in reversed(steps_on_disk(run)):
-        try:
-            return verify(folder_of(run, step)), damaged
-        except CheckpointError as error:
-            damaged.append(str(error))
-    return None, damaged
+    """The newest checkpoint that is whole, if there is one, and what is wrong with those that are newer.
+
+    Beside a run in training: one that is pruned while it is looked at is not damaged, and has a successor.
+    """
+    while True:
+        damaged: list[str] = []
+        steps = steps_on_disk(run)
+        for step in reversed(steps):
+            try:
+                return verify(folder_of(run, step)), damaged
+            except CheckpointError as error:
+                if folder_of(run, step).exists():
+                    damaged.append(str(error))
+        if steps_on_disk(run) == steps:
+            return None, damaged
 
 
-def read_state(folder: Path, name: str) -> dict[str, Any]:
+def read_state(folder: Path, name: str, entry: FileEntry | None = None) -> dict[str, Any]:
     """One file of a checkpoint, on the CPU, without executing anything that may stand in it.
 
+    Args:
+        entry: what the manifest says of it, if that is to be compared: by each rank, of the bytes that it uses itself.
+
     Raises:
-        CheckpointError: it holds something else than tensors and plain values.
+        CheckpointError: it holds something else than tensors and plain values, or is not the file that was written.
     """
     try:
-        state = torch.load(folder / name, map_location="cpu", weights_only=True)
+        content = read_bytes(folder / name)
+    except OSError as error:
+        raise CheckpointError(f"{folder / name}: cannot be read: {error.strerror or error}") from None
+    if entry is not None and hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise CheckpointError(f"{folder / name}: altered: its SHA-256 is not the one in the manifest")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # What a file that somebody else made may raise has no end.
         raise CheckpointError(
             f"{folder / name}: refused, as it is no file of tensors and nothing in it is executed: {first_line(error)}"
@@ -73,6 +99,8 @@ def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:
         _load(folder_of(run, manifest.step), manifest, cohort)
     except (CheckpointError, OSError) as error:
         failure = str(error)
+        if cohort.placement.rank:
+            failure = f"{failure} (rank {cohort.placement.rank} on {socket.gethostname()})"
     failures: list[str | None] = [None] * cohort.placement.world
     dist.all_gather_object(failures, failure)
     for message in filter(None, failures):
@@ -86,7 +114,7 @@ def _load(folder: Path, manifest: Manifest, cohort: Cohort) -> None:
     if manifest.method != cohort.config.method.name:
         raise CheckpointError(f"{folder}: of method {manifest.method}; expected {cohort.config.method.name}")
     for resident in cohort.residents.values():
-        with _restored(folder, f"peer_{resident.name}.pt", state_of(resident)) as state:
+        with _restored(folder, f"peer_{resident.name}.pt", manifest, state_of(resident)) as state:
             load_plain_state(resident.whole, state["network"])
             if resident.peer.head is not None:
                 resident.peer.head.load_state_dict(state["head"])
@@ -96,20 +124,20 @@ def _load(folder: Path, manifest: Manifest, cohort: Cohort) -> None:
             if resident.ema is not None:
                 load_plain_state(resident.ema.module, state["ema"])
     expected = {"modules": cohort.shared.state_dict(), "optimizer": None}
-    with _restored(folder, "shared.pt", expected) as shared:
+    with _restored(folder, "shared.pt", manifest, expected) as shared:
         cohort.shared.load_state_dict(shared["modules"])
         if cohort.shared_optimizer is not None:
             _load_optimizer(cohort.shared_optimizer, shared["optimizer"])
-    for name in load_parts(cohort.shared, manifest.files, partial(read_state, folder)):
+    for name in load_parts(cohort.shared, manifest.files, lambda name: read_state(folder, name, manifest.files[name])):
         raise CheckpointError(f"{folder}: does not hold all rows of the table {name}")
     with _fits(folder / "manifest.json"):
         cohort.scaler.load_state_dict(manifest.scaler)
 
 
 @contextlib.contextmanager
-def _restored(folder: Path, name: str, expected: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _restored(folder: Path, name: str, manifest: Manifest, expected: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """One file's state, which has the weights that are expected: their names, shapes and number formats."""
-    state = read_state(folder, name)
+    state = read_state(folder, name, manifest.files[name])
     with _fits(folder / name):
         _require_keys(expected, state, "")
         for part, weights in expected.items():

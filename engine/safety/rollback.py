@@ -84,10 +84,20 @@ def before(rollbacks: Sequence[Rollback], update: int, count: int = 1) -> int:
 
 def where_to_go_on(run: Path) -> tuple[Manifest | None, list[str], list[Rollback]]:
     """The newest checkpoint that counts, what is wrong with newer ones, and the rollbacks. On rank 0: it removes what a
-    rollback has made void."""
+    rollback has made void.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be used.
+    """
     rollbacks = read(run)
     supersede(run, rollbacks)
     manifest, damaged = loading.newest(run)
+    if manifest is None and damaged:
+        reasons = "".join(f"\n  {reason}" for reason in damaged)
+        raise CheckpointError(
+            f"{run}: none of its checkpoints can be used, and a run that has some is not begun anew by itself: bring "
+            f"them back (is the file server there?) or start over with --fresh, which moves that folder aside{reasons}"
+        )
     if manifest and manifest.best and manifest.best.step not in checkpoint.steps_on_disk(run):
         # It had made room for a better one, from which the run has gone back.
         manifest = replace(manifest, best=None)

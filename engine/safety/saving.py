@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.cohort.cohort import Cohort
+from engine.config.identity import identity
 from engine.files import sync
 from engine.ranks.collectives import leave
 from engine.ranks.tables import ShardedTable, parts
@@ -113,6 +114,7 @@ class Saver:
                 num_classes=cohort.num_classes,
                 channels=cohort.channels,
                 scaler=cohort.scaler.state_dict(),
+                config=identity(cohort.config),
                 files={},
             )
         target = folder_of(self._run, standing.step)

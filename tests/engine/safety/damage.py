@@ -178,8 +178,8 @@ DOES_NOT_VERIFY: dict[str, Damage] = {
         f"{MANIFEST}: altered: its SHA-256 is not the one that it names",
     ),
     # The manifest, forged with a SHA-256 that fits
-    "other_version": (forged(version=3), f"{MANIFEST}: version 3; this program reads version 2"),
-    "version_is_a_text": (forged(version="2"), f"{MANIFEST}: version '2'; this program reads version 2"),
+    "other_version": (forged(version=9), f"{MANIFEST}: version 9; this program reads version 3"),
+    "version_is_a_text": (forged(version="2"), f"{MANIFEST}: version '2'; this program reads version 3"),
     "no_version": (
         lambda at: forge(at, lambda raw: raw.pop("version") and None),
         f"{MANIFEST}: not a manifest: 'version'",

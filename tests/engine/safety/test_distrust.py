@@ -89,18 +89,21 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
     assert numbers(run) == numbers(whole)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_begins_again_and_names_each(
-    tiny: Path, whole: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tiny: Path, run: Path) -> None:
+    """It would cut its metrics to nothing, and prune what is only not there at the moment."""
     for step in checkpoint.steps_on_disk(run):
         (checkpoint.folder_of(run, step) / PEER).unlink()
-    damaged = len(checkpoint.steps_on_disk(run))
-    train_here(a_run(tiny, run))
-    said = capsys.readouterr().err
-    assert said.count("not used: ") == damaged
-    assert "going on" not in said
-    assert_same_state(final_state(run), final_state(whole))
-    assert numbers(run) == numbers(whole)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError) as error:
+        train_here(a_run(tiny, run))
+    said = str(error.value)
+    assert said.startswith(f"{run}: none of its checkpoints can be used, and a run that has some is not begun anew by")
+    assert "--fresh" in said
+    assert [line.strip() for line in said.splitlines()[1:]] == [
+        f"{checkpoint.folder_of(run, step)}/{PEER}: missing" for step in (10, 9)
+    ]
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert checkpoint.steps_on_disk(run) == [9, 10]
 
 
 # -- what verifies and cannot be used ---------------------------------------------------------------------------------
@@ -244,8 +247,15 @@ def test_the_foreign_pickle_would_be_harmful(run: Path) -> None:
     assert (run / "harm").read_text() == "executed"
 
 
+def forget_the_config(run: Path) -> None:
+    """It would have refused it earlier."""
+    (run / "config.yaml").unlink()
+    for step in checkpoint.steps_on_disk(run):
+        forge(checkpoint.folder_of(run, step), lambda raw: raw.update(config={}))
+
+
 def test_a_checkpoint_of_other_peers_is_refused(tiny: Path, run: Path) -> None:
-    (run / "config.yaml").unlink()  # Which would have refused it earlier.
+    forget_the_config(run)
     peers = [{"network": "cifar_resnet8_b", "name": name, "options": {"width": 4}} for name in ("a", "b")]
     with pytest.raises(CheckpointError) as error:
         train_here(a_run(tiny, run, peers=peers))
@@ -255,7 +265,7 @@ def test_a_checkpoint_of_other_peers_is_refused(tiny: Path, run: Path) -> None:
 
 
 def test_a_network_that_has_become_wider_is_refused(tiny: Path, run: Path) -> None:
-    (run / "config.yaml").unlink()
+    forget_the_config(run)
     peers = [{"network": "cifar_resnet8_b", "copies": 2, "options": {"width": 8}}]
     with pytest.raises(CheckpointError) as error:
         train_here(a_run(tiny, run, peers=peers))
