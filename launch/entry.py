@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import socket
 import sys
 import time
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from data_pipelines import DataError
-from engine.config import ConfigError
+from engine.config import ConfigError, RunConfig
 from engine.ranks.collectives import Launch
 from engine.safety.answers import TrainingDivergedError
 from engine.safety.checkpoint import CheckpointError
@@ -78,7 +79,39 @@ def require_torchrun(command: str) -> None:
             return
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says mistakes as `user_errors` does."""
+
+    def parse_words(self) -> tuple[argparse.Namespace, str | None, list[str]]:
+        """The options of the command line; the first word without `=` that belongs to none, and all other such words.
+
+        `--section.key=value` and `--section.key value`, as other programs write it, are words `section.key=value`.
+        """
+        given, arguments = list(sys.argv[1:]), []
+        while given:
+            word = given.pop(0)
+            key, equals, _ = word.removeprefix("--").partition("=")
+            if not word.startswith("--") or f"--{key}" in self._option_string_actions or not _is_key(key):
+                arguments.append(word)
+            elif equals:
+                arguments.append(word.removeprefix("--"))
+            elif given and not given[0].startswith("--") and "=" not in given[0]:
+                arguments.append(f"{key}={given.pop(0)}")
+            else:
+                self.error(f"{word}: expected a value, such as {word}=VALUE")
+        options = self.parse_intermixed_args(arguments)
+        words: list[str] = options.words
+        subject = next((word for word in words if "=" not in word), None)
+        if subject is not None:
+            words.remove(subject)
+        return options, subject, words
+
+    def add_words(self, first: str, means: str) -> None:
+        """Declares what `parse_words` returns: `first` is what the command is about."""
+        self.add_argument(
+            "words", nargs="*", metavar=first, help=f"{means}, and section.key=value over those of the file"
+        )
+
     def error(self, message: str) -> NoReturn:
         unknown, _, first = message.partition(": ")
         if unknown == "unrecognized arguments":
@@ -89,9 +122,15 @@ class _Parser(argparse.ArgumentParser):
         raise AssertionError
 
 
-def parser(description: str, epilog: str) -> argparse.ArgumentParser:
+def _is_key(key: str) -> bool:
+    """Whether a word is meant as a key of a config, rightly written or not."""
+    section, dot, _ = key.partition(".")
+    return bool(re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key)) and (bool(dot) or section in RunConfig.model_fields)
+
+
+def parser(description: str, epilog: str) -> Parser:
     """An argument parser whose help keeps its line breaks, whose options are written out, and whose rank 0 speaks."""
-    return _Parser(
+    return Parser(
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

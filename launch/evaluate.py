@@ -29,15 +29,17 @@ from launch.run_folder import settings_of, use_together
 def main() -> None:
     """The command."""
     arguments = parser(__doc__ or "", "")
-    arguments.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the run")
+    arguments.add_words("RUN", "a run's folder")
     arguments.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest (default), best or a step")
     arguments.add_argument("--json", type=Path, metavar="FILE", help="write the scores there as well")
-    options = arguments.parse_args()
+    options, chosen, overrides = arguments.parse_words()
     launch = Launch.from_environment()
+    if chosen is None:
+        arguments.error("RUN is missing; expected the folder of a run")
+    run = Path(chosen)
     with user_errors(launch):
         require_torchrun("launch/evaluate.py")
-        config = settings_of(options.run, options.overrides)
+        config = settings_of(run, overrides)
         device = choose_device(config.device, launch)
         placement = plan(config, launch.world, launch.rank)
         check_data(config)
@@ -45,14 +47,12 @@ def main() -> None:
         start(launch, device)
         pipeline = open_pipeline(config.data, config.seed, device)
         cohort = Cohort.on(pipeline, config, placement, device, initial=False)
-        manifest = use_together(
-            options.run, options.checkpoint, lambda chosen: loading.load(options.run, chosen, cohort)
-        )
+        manifest = use_together(run, options.checkpoint, lambda found: loading.load(run, found, cohort))
         values = evaluate_cohort(cohort, pipeline)
         pipeline.close()
         dist.destroy_process_group()
     if launch.rank == 0:
-        print(f"{options.run}, step {manifest.step}, {pipeline.eval_size} images, {placement}")
+        print(f"{run}, step {manifest.step}, {pipeline.eval_size} images, {placement}")
         for key, value in values.items():
             print(f"  {key:40} {value:.4f}")
         if options.json:

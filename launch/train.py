@@ -4,6 +4,7 @@ Alone:                python launch/train.py configs/fashion_mnist/dml_resnet32.
 On 8 GPUs:            torchrun --nproc-per-node=8 launch/train.py configs/imagenet/dml_resnet50.yaml
 One peer of several:  ... placement.peer=NAME, each in a job of its own, where placement.kind is jobs
 With other values:    ... train.epochs=10 optimizer.lr=0.05 peers.0.network=cifar_resnet32_b
+Going on by a folder: python launch/train.py runs/NAME, wherever it lies
 
 The run's folder (runs/NAME, or dir=...) holds the resolved config, metrics.jsonl, checkpoints, a table and curves.png.
 A run that was killed goes on from its newest whole checkpoint when it is started again, on any number of ranks.
@@ -43,8 +44,7 @@ def main() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     arguments = parser(__doc__ or "", EPILOG)
-    arguments.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as those in configs/")
-    arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
+    arguments.add_words("CONFIG", "a YAML file, such as those in configs/, or the folder of a run")
     arguments.add_argument("--print-config", action="store_true", help="print the resolved config and end")
     arguments.add_argument("--check", action="store_true", help="check config, data and placement, and end")
     arguments.add_argument(
@@ -61,7 +61,7 @@ def main() -> None:
         metavar="FILE",
         help="write the name of the signal there if one ended the run early; without that FILE is not there afterwards",
     )
-    options = arguments.parse_args()
+    options, chosen, overrides = arguments.parse_words()
     launch = Launch.from_environment()
     if options.keys:
         if launch.rank == 0:
@@ -69,11 +69,11 @@ def main() -> None:
         return
     if options.ranks is not None and (options.ranks < 1 or not options.check):
         arguments.error(f"--ranks {options.ranks}: expected a number of ranks, 1 or more, together with --check")
-    if options.config is None:
+    if chosen is None:
         arguments.error("CONFIG is missing; expected a YAML file, such as configs/fashion_mnist/quickstart_dml.yaml")
 
     with user_errors(launch):
-        config = configuration.load(options.config, options.overrides)
+        config = configuration.load(chosen, overrides)
         if options.print_config:
             if launch.rank == 0:
                 print(configuration.dump(config), end="")

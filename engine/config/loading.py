@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
-from data_pipelines.config import MOVED, with_moved_keys
+from data_pipelines.config import with_moved_keys
 from engine.config import ConfigError, PeerConfig, RunConfig
+from engine.config.explaining import explain, section_of
 from losses import METHODS
 
 MAX_BYTES = 1 << 20
@@ -92,7 +93,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     run = Path(path) if Path(path).is_dir() else Path(path).parent
     means_run = run == Path(path) or Path(path).name == "config.yaml"
     if means_run and (run / "config.yaml").is_file() and (run / "starts.json").is_file():
-        return load_run(run, overrides)
+        config = load_run(run, overrides)
+        if config.placement.peer not in (None, run.resolve().name):
+            raise ConfigError(f"{run}: holds the run of {config.placement.peer}; expected a folder of that name")
+        return config
     return _with_overrides(_read(Path(path), ()), overrides)
 
 
@@ -110,10 +114,8 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not any(override.startswith(("dir=", "name=")) for override in overrides):
         placement = raw.get("placement")
         peer = placement.get("peer") if isinstance(placement, dict) else None
-        here = run.resolve()
-        if peer is not None and here.name != peer:
-            raise ConfigError(f"{run}: holds the run of the peer {peer!r}; expected a folder of that name")
-        raw["dir"] = str(here if peer is None else here.parent)
+        if peer is None or run.resolve().name == peer:
+            raw["dir"] = str(run.resolve() if peer is None else run.resolve().parent)
     return _with_overrides(raw, overrides)
 
 
@@ -122,8 +124,22 @@ def _with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.\w+)*", key):
             raise ConfigError(f"{override!r}: expected section.key=value, such as train.epochs=10")
-        _set(raw, key, _parse(text, f"override {key}"))
+        value = _parse(text, f"override {key}")
+        # A name of digits, or of a date, is meant as it is written.
+        meant = text if _is_text(key) and isinstance(value, int | float | date) else value
+        _set(raw, key, meant)
     return validate(raw)
+
+
+def _is_text(key: str) -> bool:
+    """Whether what stands at a key is text, and nothing that is not."""
+    *path, last = (part for part in key.split(".") if not part.isdecimal())
+    model: type[BaseModel] | None = RunConfig
+    for part in path:
+        field = model.model_fields.get(part) if model else None
+        model = section_of(field.annotation) if field else None
+    found = model.model_fields.get(last) if model else None
+    return found is not None and set(typing.get_args(found.annotation) or (found.annotation,)) <= {str, type(None)}
 
 
 def validate(raw: Mapping[str, Any]) -> RunConfig:
@@ -131,7 +147,7 @@ def validate(raw: Mapping[str, Any]) -> RunConfig:
     try:
         return TypeAdapter(RunConfig).validate_python(dict(raw))
     except ValidationError as error:
-        lines = [_explain(details, raw) for details in error.errors()]
+        lines = [explain(details, raw) for details in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -249,92 +265,13 @@ def _index(items: list[Any], part: str, where: str) -> int:
     return int(part)
 
 
-_EXPECTED = {
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "keys with values",
-    "model_type": "a section with keys",
-    "model_attributes_type": "a section with keys",
-    "path_type": "a path",
-    "finite_number": "a finite number",
-    "invalid_key": "text as a key",
-}
-
-
-def _explain(error: ErrorDetails, raw: Mapping[str, Any]) -> str:
-    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
-    shown = repr(value) if len(repr(value)) <= 300 else f"{repr(value)[:300]}..."
-    loc = [
-        part for i, part in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "method" and part in METHODS)
-    ]
-    key = ".".join(str(part) for part in loc)
-    if kind == "extra_forbidden":
-        word, model = str(loc[-1]), _section_at(loc[:-1], raw)
-        if loc[:-1] == ["data"] and word in MOVED:
-            return f"{key} = {shown}: moved; write data.{'.'.join(MOVED[word])}"
-        section = ".".join(str(part) for part in loc[:-1]) or "a config"
-        near = _nearest(word, model.model_fields if model is RunConfig else _paths(model))
-        return f"{key} = {shown}: unknown key{near}; {section} has: {', '.join(sorted(model.model_fields))}"
-    if kind == "missing":
-        return f"{key}: missing; expected a value"
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        name = value.get("name") if isinstance(value, dict) else value
-        return f"{key}.name = {name!r}: expected one of {', '.join(METHODS)}{_nearest(str(name), list(METHODS))}"
-    if kind == "literal_error":
-        valid = re.findall(r"'([^']*)'", str(context["expected"]))
-        return f"{key} = {shown}: expected one of {', '.join(valid)}{_nearest(str(value), valid)}"
-    if kind == "value_error":
-        return f"{key}.{context['error']}" if key else str(context["error"])
-    if kind == "string_pattern_mismatch":
-        return f"{key} = {shown}: expected letters, digits, '.', '_' and '-', starting with a letter or digit"
-    if kind == "too_short":
-        return f"{key} = {shown}: expected at least {context['min_length']} item{'s' * (context['min_length'] > 1)}"
-    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        return f"{key} = {shown}: expected a value {error['msg'].removeprefix('Input should be ')}"
-    expected = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
-    return f"{key} = {shown}: expected {expected}"
-
-
-def _nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint; a choice is compared by its last part, and one that comes earlier goes before others of the same."""
-    by_name = {choice.rpartition(".")[2]: choice for choice in reversed(list(choices))}
-    near = difflib.get_close_matches(word, by_name, n=1, cutoff=0.5)
-    return f"; did you mean {by_name[near[0]]!r}?" if near else ""
-
-
-def _section_at(loc: Sequence[int | str], raw: Mapping[str, Any]) -> type[BaseModel]:
-    """What says which keys are valid at `loc`."""
-    if list(loc[:1]) == ["method"]:
-        return METHODS[raw["method"]["name"]].Options
-    model: type[BaseModel] = RunConfig
-    for part in loc:
-        if isinstance(part, str):
-            inner = _section_of(model.model_fields[part].annotation)
-            assert inner is not None
-            model = inner
-    return model
-
-
-def _paths(model: type[BaseModel]) -> Iterator[str]:
-    """The keys of a section, and those of the sections in it."""
-    yield from model.model_fields
-    for name, field in model.model_fields.items():
-        inner = _section_of(field.annotation)
-        yield from () if inner is None else (f"{name}.{path}" for path in _paths(inner))
-
-
 def describe() -> str:
     """Every key of a config, with its default and what it means."""
     lines: list[str] = []
 
     def walk(model: type[BaseModel], prefix: str) -> None:
         for name, field in model.model_fields.items():
-            inner = _section_of(field.annotation)
+            inner = section_of(field.annotation)
             if name == "method" and model is RunConfig:
                 for method in METHODS.values():
                     walk(method.Options, "method.")
@@ -347,9 +284,3 @@ def describe() -> str:
 
     walk(RunConfig, "")
     return "\n".join(lines)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key of this type holds, alone or in a list."""
-    found = (t for t in (annotation, *typing.get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
-    return next(found, None)

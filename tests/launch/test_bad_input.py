@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 from launch.train import main
 from tests.runs import small_run, train_here
@@ -42,8 +43,8 @@ GET_CIFAR = (
     "Get the binary version: curl -O https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz "
     "&& tar -xzf cifar-10-binary.tar.gz"
 )
-ADAMW = "amsgrad, betas, capturable, differentiable, eps, foreach, layer_decay, maximize"
-SGD = "dampening, differentiable, foreach, layer_decay, maximize, nesterov"
+ADAMW = "amsgrad, betas, capturable, differentiable, eps, foreach, layer_decay, layer_decay_min_scale, maximize"
+SGD = "dampening, differentiable, foreach, layer_decay, layer_decay_min_scale, maximize, nesterov"
 MEETING = "kind = jobs needs a folder where peers meet, other kinds have none"
 KINDS = "kind = hybrid needs a number of peers, other kinds have none"
 
@@ -56,8 +57,8 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "unknown_section_like_none": ("foo=3", f"foo = 3: unknown key; a config has: {SECTIONS}"),
     "misspelt_key": (
         "train.epoch=3",
-        "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, clip_norm, ema_decay, epochs, "
-        "max_skipped, sync_bn, timeout",
+        "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, clip_norm, ema_decay, "
+        "ema_warmup, epochs, max_skipped, sync_bn, timeout",
     ),
     "misspelt_key_of_a_peer": (
         "peers.0.netwrk=x",
@@ -76,7 +77,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "bool_for_integer": ("train.epochs=true", "train.epochs = True: expected an integer"),
     "bool_for_number": ("optimizer.lr=true", "optimizer.lr = True: expected a number"),
     "integer_for_bool": ("log.progress=1", "log.progress = 1: expected true or false"),
-    "integer_for_text": ("name=3", "name = 3: expected text"),
+    "list_for_text": ("name=[3]", "name = [3]: expected text"),
     "integer_for_path": ("dir=3", "dir = 3: expected a path"),
     "value_for_section": ("train=3", "train = 3: expected a section with keys"),
     "nothing_for_section": ("data=", "data = None: expected a section with keys"),
@@ -363,7 +364,8 @@ def test_the_config_that_the_mistakes_are_made_in_is_right(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["launch/train.py", str(at / "small.yaml"), "--check"])
     main()
-    assert capfd.readouterr().out == "small: dml; colocated: all peers on every rank, 1 rank a peer, 1 in all\n"
+    said = capfd.readouterr().out.splitlines()[0]
+    assert said == "small: dml; colocated: all peers on every rank, 1 rank a peer, 1 in all"
 
 
 def test_unknown_method(at: Path, command: Callable[..., Outcome]) -> None:
@@ -410,7 +412,10 @@ OF_JOBS: dict[str, tuple[str, str]] = {
         "placement.peer = 'cifar_resnet8_b_1': expected one of the peers cifar_resnet8_b-0, cifar_resnet8_b-1; did you "
         "mean 'cifar_resnet8_b-1'?",
     ),
-    "number_for_a_peer": ("placement.peer=1", "placement.peer = 1: expected text"),
+    "number_for_a_peer": (
+        "placement.peer=1",
+        "placement.peer = '1': expected one of the peers cifar_resnet8_b-0, cifar_resnet8_b-1",
+    ),
     "meeting_in_a_file": (
         "placement={kind: jobs, peer: cifar_resnet8_b-1, meeting: '{at}/small.yaml/m'}",
         "placement.meeting = '{at}/small.yaml/m': {at}/small.yaml is not a folder; expected a place for the folder "
@@ -512,10 +517,7 @@ def test_config_is_a_folder(at: Path, command: Callable[..., Outcome]) -> None:
     assert command(at) == (2, "", f"error: {at}: cannot be read: Is a directory\n")
 
 
-USAGE = (
-    "usage: train.py [-h] [--print-config] [--check] [--ranks N] [--keys] [--fresh] [--preempted FILE] [CONFIG] "
-    "[section.key=value ...]"
-)
+USAGE = "usage: train.py [-h] [--print-config] [--check] [--ranks N] [--keys] [--fresh] [--preempted FILE] [CONFIG ...]"
 
 
 def told(outcome: Outcome) -> tuple[int, str, str]:
@@ -537,6 +539,50 @@ def test_an_option_is_not_guessed_from_its_beginning(at: Path, command: Callable
     """--fre would move a folder aside."""
     message = "unrecognized arguments: --fre; did you mean '--fresh'?"
     assert told(command(at / "small.yaml", "--fre")) == (2, "", f"error: {message} {USAGE}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["CONFIG", "--print-config", "optimizer.lr=0.03", "train.epochs=7", "name=20240101"],
+        ["--print-config", "optimizer.lr=0.03", "CONFIG", "--train.epochs=7", "--name", "20240101"],
+        ["--optimizer.lr", "0.03", "--print-config", "--name=20240101", "CONFIG", "train.epochs=7"],
+    ],
+)
+def test_values_stand_anywhere_and_as_other_programs_write_them(
+    at: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = str(at / "small.yaml")
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", *(config if word == "CONFIG" else word for word in words)])
+    main()
+    found = yaml.safe_load(capfd.readouterr().out)
+    assert (found["optimizer"]["lr"], found["train"]["epochs"], found["name"]) == (0.03, 7, "20240101")
+
+
+def test_a_key_without_a_value_is_no_option(at: Path, command: Callable[..., Outcome]) -> None:
+    message = "--optimizer.lr: expected a value, such as --optimizer.lr=VALUE"
+    for words in (["--optimizer.lr"], ["--optimizer.lr", "train.epochs=3"], ["--optimizer.lr", "--check"]):
+        assert told(command(at / "small.yaml", *words)) == (2, "", f"error: {message} {USAGE}")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("data.batch_size=8", "data.global_batch"),
+        ("epochs=8", "train.epochs"),
+        ("lr=0.1", "optimizer.lr"),
+        ("optimizer.learning_rate=0.1", "optimizer.lr"),
+        ("train.lr=0.1", "optimizer.lr"),
+        ("data.workers=2", "data.decoding.threads"),
+        ("output_dir=x", "dir"),
+    ],
+)
+def test_what_other_trainers_call_a_key_is_understood(
+    at: Path, command: Callable[..., Outcome], word: str, meant: str
+) -> None:
+    code, _, err = command(at / "small.yaml", word)
+    assert code == 2
+    assert f"unknown key; did you mean {meant!r}?" in err
 
 
 def test_data_file_cut_short(at: Path, command: Callable[..., Outcome]) -> None:
