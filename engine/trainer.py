@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from engine.files import write_json, write_text
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch, choose_device, limit_waiting, process_group, record_flights
 from engine.ranks.heartbeat import heartbeat
+from engine.ranks.place import Place
 from engine.ranks.placement import Placement
 from engine.reporting.lines import Stretch, report_end, report_scores, report_training
 from engine.reporting.tracking import Tracker, follow, last_evaluation
@@ -175,9 +177,12 @@ class _Run:
             for note in notes:
                 say(f"note: {note}")
 
-    def where(self) -> str:
+    def where(self) -> Place:
         """Where this rank is."""
-        return f"{self._aside} of step {self.step}" if self._aside else f"step {self.step + 1}, {self.clock.last} done"
+        if self._aside:
+            return Place(self.step, math.inf, f"{self._aside} of step {self.step}")
+        done = f"{self.clock.last} done" if self.clock.parts else "waiting for data"
+        return Place(self.step + 1, self.clock.parts, f"step {self.step + 1}, {done}")
 
     @property
     def _progress(self) -> Progress:
@@ -195,6 +200,7 @@ class _Run:
                 if not rollback.left_out(self.rollbacks, self.step):
                     self._update(batch)
                 self.step += 1
+                self.clock.next_step()
                 if self.tracker:
                     self.tracker.progress(self.step)
                 now = due(self.config, self.step, self.steps_per_epoch, stopping=self.stopped_by is not None)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from engine.ranks.collectives import Launch
+from engine.ranks.place import Place
 
 PERIOD = 1.0
 """Seconds between two beats."""
@@ -31,14 +32,14 @@ class RankLostError(RuntimeError):
 
 
 @contextlib.contextmanager
-def heartbeat(launch: Launch, where: Callable[[], str], warn_after: float) -> Iterator[None]:
+def heartbeat(launch: Launch, where: Callable[[], Place], warn_after: float) -> Iterator[None]:
     """Beats until its body is over, and tells of ranks that are silent, or that the others wait for.
 
     A thread beats, so a rank whose program hangs is heard of all the same; how long it has been where it is tells.
     NCCL's watchdog ends the process of a rank that has waited too long, so what there is to say is said before.
 
     Args:
-        where: says where this rank is, such as "step 17, exchange done".
+        where: says where this rank is.
         warn_after: seconds after which the first two ranks warn of a rank that is silent or does not move.
 
     Raises:
@@ -94,9 +95,9 @@ def _line_of_ours(error: BaseException) -> str:
 class _Pulse:
     """This rank's own connection to the store: a store that does not answer must hold up nobody else."""
 
-    def __init__(self, launch: Launch, where: Callable[[], str]) -> None:
+    def __init__(self, launch: Launch, where: Callable[[], Place]) -> None:
         self.rank, self.world, self._where, self._count = launch.rank, launch.world, where, 0
-        self._place, self._since = "", time.monotonic()
+        self._place, self._since = where(), time.monotonic()
         self.holder = (
             f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, rank 0's or torchrun's there,"
         )
@@ -114,7 +115,7 @@ class _Pulse:
         if place != self._place:
             self._place, self._since = place, time.monotonic()
         self._count += 1
-        self.say(f"{self._count} {place}, for {self.stays:.0f} s")
+        self.say(f"{self._count} {place.step} {place.parts} {place}, for {self.stays:.0f} s")
 
     @property
     def stays(self) -> float:
@@ -139,29 +140,32 @@ class _Pulse:
         lost = [_sentence(rank, words) for rank, words in now.items() if words == before.get(rank) and words != ENDED]
         if lost:
             return "\n".join(lost)
-        others = "; ".join(f"rank {rank}: {words.partition(' ')[2] or words}" for rank, words in now.items())
-        return f"{_behind({**now, self.rank: f'0 {self._place}'})}: {others}."
+        others = "; ".join(f"rank {rank}: {_place(words) or words}" for rank, words in now.items())
+        places = {rank: place for rank, words in now.items() if (place := _place(words))}
+        return f"{_behind({**places, self.rank: self._place})}: {others}."
 
 
 def _sentence(rank: int, words: str) -> str:
-    count, _, where = words.partition(", for ")[0].partition(" ")
-    beating = count.isdigit()
-    return f"Rank {rank} {f'does not answer; it was last heard of at {where}' if beating else words}."
+    place = _place(words)
+    if place is None:
+        return f"Rank {rank} {words}."
+    return f"Rank {rank} does not answer; it was last heard of at {place.text.rpartition(', for ')[0]}."
 
 
-_PARTS = ("start", "data", "forward", "exchange", "backward", "optimizer")
-_PLACE = re.compile(rf"\d+ step (\d+), ({'|'.join(_PARTS)}) done")
+def _place(words: str) -> Place | None:
+    """Where a rank is that beats, by what it says; None for last words."""
+    count, *rest = words.split(" ", 3)
+    return Place(int(rest[0]), float(rest[1]), rest[2]) if count.isdigit() and len(rest) == 3 else None
 
 
-def _behind(words: Mapping[int, str]) -> str:
-    """Which ranks are where the others have been before, by what all say."""
-    places = {rank: (int(m[1]), _PARTS.index(m[2])) for rank, said in words.items() if (m := _PLACE.match(said))}
-    least = min(places.values(), default=None)
-    late = [rank for rank, place in places.items() if place == least]
-    if len(late) == len(places):
+def _behind(places: Mapping[int, Place]) -> str:
+    """Which ranks are where the others have been before."""
+    late = [rank for rank, place in places.items() if any(place.is_before(other) for other in places.values())]
+    least = [rank for rank in late if not any(places[other].is_before(places[rank]) for other in late)]
+    if not least:
         return "No other rank is lost"
-    names = ", ".join(str(rank) for rank in late)
-    return f"{'Ranks' if len(late) > 1 else 'Rank'} {names} {'are' if len(late) > 1 else 'is'} behind the others"
+    names = ", ".join(str(rank) for rank in least)
+    return f"{'Ranks' if len(least) > 1 else 'Rank'} {names} {'are' if len(least) > 1 else 'is'} behind the others"
 
 
 def _beat(pulse: _Pulse, over: threading.Event, warn_after: float) -> None:

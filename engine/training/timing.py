@@ -17,7 +17,9 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, torch.cuda.Event | float]] = []
-        self.mark("start")
+        self.parts = 0
+        """Parts of the step under way that are over, as far as the host is concerned."""
+        self.restart()
 
     @property
     def last(self) -> str:
@@ -26,6 +28,7 @@ class Clock:
 
     def mark(self, name: str) -> None:
         """The part `name` ends here."""
+        self.parts += 1
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -49,4 +52,9 @@ class Clock:
     def restart(self) -> None:
         """What has passed since the last mark (an evaluation, a checkpoint) belongs to no part of a step."""
         self.mark("start")
+        self.parts = 0
         del self._marks[:-1]
+
+    def next_step(self) -> None:
+        """What comes is of another step."""
+        self.parts = 0
