@@ -14,9 +14,9 @@ import torch
 import data_pipelines
 import models
 from data_pipelines import DataConfig, Sizes
-from engine.cohort.groups import check_grouping
 from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
+from engine.cohort.parameter_groups import check_grouping
 from engine.config import ConfigError, PeerConfig, RunConfig
 from engine.config.identity import completed, differences, identity
 from engine.config.loading import load_run

@@ -29,14 +29,15 @@ from engine.safety import going_on, loading, rollback
 from engine.safety.answers import Told, answer, tell_collapses
 from engine.safety.checkpoint import Best, Standing
 from engine.safety.going_on import Standpoint
-from engine.safety.health import LINES_SHOW, SCORES_SHOW, LossWatch, collapsed, examine
+from engine.safety.health import LINES_SHOW, SCORES_SHOW, collapsed, examine
 from engine.safety.preemption import Preemption
 from engine.safety.rollback import GoBack
 from engine.safety.saving import Saver
+from engine.safety.spikes import LossWatch
 from engine.start import Claim, claim, open_together
+from engine.training.consistency import check_same_rows, check_same_weights
 from engine.training.due import Due, due
 from engine.training.evaluation import evaluate_cohort, survey
-from engine.training.guards import check_same_rows, check_same_weights
 from engine.training.meter import Meter
 from engine.training.remarks import remarks, twins
 from engine.training.step import settle, train_step

@@ -131,7 +131,7 @@ class Codistillation(LooksAtImages, MeetsAsJobs, Method):
                 fill(_state(self.copies[j]), peer["weights"])
                 self._taken[j] = True
 
-    def shown(self) -> Sequence[Mapping[str, tuple[int, ...]]]:
+    def shapes_shown(self) -> Sequence[Mapping[str, tuple[int, ...]]]:
         return [{"weights": (sum(x.numel() for x in _state(copy)),)} for copy in self.copies]
 
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from engine.cohort.groups import Said, said_by
 from engine.cohort.optim import make_optimizer, make_schedule, set_weight_decay
 from engine.cohort.outline import Outline, outline
+from engine.cohort.parameter_groups import Said, said_by
 from engine.cohort.peer import Peer, Resident
 from engine.cohort.randomness import Streams
 from engine.cohort.teacher import Teacher

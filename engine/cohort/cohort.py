@@ -70,7 +70,7 @@ class Cohort:
         self.turns = turns_of(type(self.method), config.method, placement.num_peers)
         self.meeting = None
         if placement.only is not None and isinstance(self.method, MeetsAsJobs):
-            self.meeting = Meeting(config, placement, self.method.shown(), device)
+            self.meeting = Meeting(config, placement, self.method.shapes_shown(), device)
         self.trunk = builder.trunk(outlines[0], self.method)
         self.shared = nn.ModuleDict({"method": self.method} | ({"trunk": self.trunk.module} if self.trunk else {}))
         self.wrapped_method = builder.averaged_over_all(self.method)

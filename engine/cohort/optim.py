@@ -14,7 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from engine.cohort.groups import GROUPING, Said, parameter_groups
+from engine.cohort.parameter_groups import GROUPING, Said, parameter_groups
 from engine.config import ConfigError, OptimizerConfig, ScheduleConfig
 
 
@@ -70,7 +70,7 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, said: Said | None
     Args:
         module: a peer, or what peers share.
         config: of the optimiser.
-        said: the groups of the networks in it, see `engine.cohort.groups.said_by`; a whole network is asked itself.
+        said: the groups of the networks in it, see `engine.cohort.parameter_groups.said_by`; a whole network is asked itself.
     """
     options: dict[str, Any] = {key: value for key, value in config.options.items() if key not in GROUPING}
     if fusible(config.name):

@@ -77,7 +77,7 @@ class Meeting:
     Args:
         config: of the run; `placement.meeting` is the folder, which need not be there yet.
         placement: of one peer.
-        shapes: what the method says that peers show, `MeetsAsJobs.shown`.
+        shapes: what the method says that peers show, `MeetsAsJobs.shapes_shown`.
         device: where the others' tensors come to lie.
     """
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from engine.config import RunConfig
 from engine.safety import rollback
-from engine.safety.health import EXPLAINED, Collapse, Spike
+from engine.safety.health import EXPLAINED, Collapse
 from engine.safety.rollback import GoBack, Rollback
+from engine.safety.spikes import Spike
 from engine.training.meter import Reading
 
 Alert = Callable[[str, str], None]

@@ -7,74 +7,16 @@ evaluations. So all ranks decide alike, and looking costs no collective and no w
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Literal
 
-from engine.config import HealthConfig
+from engine.safety.spikes import LossWatch, Spike
 from engine.training.meter import Reading
 
 ALIKE = 1e-4
 """What differs by less than 1 % of itself (here squared) counts as the same: the probabilities that a peer gives to two
 images, the logits that two peers give to one. docs/measurements.md has what healthy peers show."""
-
-
-@dataclass(frozen=True)
-class Spike:
-    """A step in which the loss of a peer is many times what it was."""
-
-    name: str
-    """The peer; `cohort` for the terms that belong to all."""
-    step: int
-    """Counted from the first that was given."""
-    loss: float
-    usual: float
-    """The median of the steps before."""
-    count: int
-    """Steps of this peer that are spikes, this being the first."""
-
-
-class LossWatch:
-    """Compares the loss of each step with the median of those before it, spikes among them: where a loss stays high
-    (a method's next phase), that is soon the usual."""
-
-    def __init__(self, config: HealthConfig, recent: Mapping[str, Sequence[float]]) -> None:
-        self._config = config
-        self._recent = {name: deque(losses, config.spike_window) for name, losses in recent.items()}
-
-    @property
-    def recent(self) -> dict[str, list[float]]:
-        """What it remembers, for a checkpoint."""
-        return {name: list(losses) for name, losses in self._recent.items()}
-
-    def spikes(self, losses: Mapping[str, Sequence[float]]) -> list[Spike]:
-        """The first spike of each peer that has any, and how many there are.
-
-        Args:
-            losses: of the steps since the last call, in order; NaN where the update was skipped.
-        """
-        found = []
-        for name, steps in losses.items():
-            recent = self._recent.setdefault(name, deque(maxlen=self._config.spike_window))
-            high = []
-            for step, loss in enumerate(steps):
-                if math.isnan(loss):
-                    continue
-                usual = median(recent) if recent else math.inf
-                if len(recent) >= self._config.spike_window / 2 and self._stands_out(loss, usual, recent):
-                    high.append((step, loss, usual))
-                recent.append(loss)
-            if high:
-                found.append(Spike(name, *high[0], count=len(high)))
-        return found
-
-    def _stands_out(self, loss: float, usual: float, recent: Collection[float]) -> bool:
-        config = self._config
-        if config.spike_factor is None or loss <= config.spike_factor * max(usual, config.spike_floor):
-            return False
-        return loss > usual + config.spike_deviations * median(abs(x - usual) for x in recent)
 
 
 Collapse = Literal["no gradient", "all images alike", "another's twin"]

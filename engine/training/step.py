@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
-from engine.cohort.functional import outer_gradients
 from engine.cohort.optim import gradient_norm, unscale, update
+from engine.cohort.outer_step import outer_gradients
 from engine.training.timing import Clock
 from losses import Progress, Signals, Terms
 from losses.capabilities import ActsAfterStep, AfterStep
@@ -140,7 +140,7 @@ def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> tuple[Tens
         learns.append((cohort.shared_parameters, cohort.shared_optimizer))
     norms = [gradient_norm(parameters) for parameters, _ in learns]
     losses = [term for (k, _), term in total.items() if k is None or k in learners]
-    skip = _agree_to_skip(cohort, [*losses, *norms])
+    skip = _agree(cohort, [*losses, *norms])
 
     if cohort.scaler.is_enabled():
         for _, optimizer in learns:
@@ -156,13 +156,13 @@ def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> tuple[Tens
 def _outer_update(cohort: Cohort) -> None:
     """Steps what the outer step has gradients for, unless they are non-finite somewhere."""
     residents = [r for r in cohort.residents.values() if r.outer_optimizer is not None]
-    skip = _agree_to_skip(cohort, [gradient_norm(r.outer.values()) for r in residents])
+    skip = _agree(cohort, [gradient_norm(r.outer.values()) for r in residents])
     for resident in residents:
         assert resident.outer_optimizer is not None
         update(resident.outer_optimizer, skip, torch.amp.GradScaler(cohort.device.type, enabled=False))
 
 
-def _agree_to_skip(cohort: Cohort, numbers: Sequence[Tensor]) -> Tensor:
+def _agree(cohort: Cohort, numbers: Sequence[Tensor]) -> Tensor:
     """[1], the same on all ranks of the world: 1 where one of them has a non-finite number."""
     skip = 1 - torch.isfinite(torch.stack([cohort.nothing, *numbers])).all().float().reshape(1)
     agreed = torch.cat([skip, cohort.stop])  # Whether to stop travels along.

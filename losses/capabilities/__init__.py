@@ -10,12 +10,13 @@ from losses.capabilities.held_out import HeldOutSurveys
 from losses.capabilities.look import LooksAtImages
 from losses.capabilities.meeting import MeetsAsJobs
 from losses.capabilities.outer_problem import OuterProblem, OuterStep
-from losses.capabilities.parameters import OwnWeightDecay, Unsynchronised
 from losses.capabilities.stages import StageTaps
 from losses.capabilities.tables import MakeTable, Table, Tables
 from losses.capabilities.teachers import Teachers
 from losses.capabilities.trunk import SharedTrunk, trunk_of
 from losses.capabilities.turns import Turns, turns_of
+from losses.capabilities.unsynchronised import Unsynchronised
+from losses.capabilities.weight_decay import OwnWeightDecay
 
 __all__ = [
     "ActsAfterStep",

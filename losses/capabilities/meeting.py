@@ -16,7 +16,7 @@ class MeetsAsJobs(ActsAfterStep):
     must do with what has come."""
 
     @abstractmethod
-    def shown(self) -> Sequence[Mapping[str, tuple[int, ...]]]:
+    def shapes_shown(self) -> Sequence[Mapping[str, tuple[int, ...]]]:
         """The shapes, by name, of what each of the K peers shows the others in `after_step`.
 
         What another job has left is used only if it is of these shapes.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from data_pipelines import Batch
-from engine.cohort.functional import outer_gradients
+from engine.cohort.outer_step import outer_gradients
 from engine.config import RunConfig
 from engine.training.step import _outer_update
 from losses import Progress

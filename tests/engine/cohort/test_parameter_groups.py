@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import models
-from engine.cohort.groups import check_grouping, said_by
 from engine.cohort.optim import make_optimizer, make_schedule
+from engine.cohort.parameter_groups import check_grouping, said_by
 from engine.cohort.peer import Peer
 from engine.config import ConfigError, OptimizerConfig, ScheduleConfig
 from models.stages import cut

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.training.guards import check_same_weights
+from engine.training.consistency import check_same_weights
 from tests.engine.stepping import cohort_of, config_of, do_steps, state
 from tests.worlds import run_world
 

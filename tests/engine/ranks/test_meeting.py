@@ -61,7 +61,7 @@ def train_beside(config: RunConfig, rows: Mapping[int, list[Tensor]], steps: int
         if k not in cohort.residents:
             placement = config.placement.model_copy(update={"peer": name})
             theirs = config.model_copy(update={"placement": placement})
-            others.append((k, Meeting(theirs, plan(theirs, world, rank), cohort.method.shown(), CPU)))
+            others.append((k, Meeting(theirs, plan(theirs, world, rank), cohort.method.shapes_shown(), CPU)))
     seen = []
     for step in range(steps):
         for k, meeting in others:

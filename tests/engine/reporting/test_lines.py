@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from engine.reporting.lines import Stretch, training_line
-from engine.safety.health import Signs, Spike
+from engine.safety.health import Signs
+from engine.safety.spikes import Spike
 from engine.training.meter import Reading
 from tests.engine.stepping import config_of
 

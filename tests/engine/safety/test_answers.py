@@ -9,8 +9,9 @@ import pytest
 from engine.config import RunConfig
 from engine.safety import rollback
 from engine.safety.answers import Told, TrainingDivergedError, answer, tell_collapses
-from engine.safety.health import LINES_SHOW, SCORES_SHOW, Spike
+from engine.safety.health import LINES_SHOW, SCORES_SHOW
 from engine.safety.rollback import GoBack, Rollback
+from engine.safety.spikes import Spike
 from engine.training.meter import Reading
 from tests.engine.stepping import config_of
 

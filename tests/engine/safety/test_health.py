@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 import models
 from engine.config import HealthConfig, RunConfig
 from engine.reporting.tracking import read_metrics
-from engine.safety.health import CODES, LossWatch, Spike, collapsed
+from engine.safety.health import CODES, collapsed
+from engine.safety.spikes import LossWatch, Spike
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
 
