@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 Signals = Mapping[str, Tensor]
-"""What one peer shows for one batch: name -> tensor, rows first. `logits` [N, C] is always there."""
+"""What one peer shows for one batch: name -> tensor, rows first. Of a peer that lives here `logits` [N, C] is always
+there; of another what is sent, and nothing where a method sends nothing."""
 
 Terms = dict[tuple[int | None, str], Tensor]
 """(peer, or None for a term of the whole cohort; name of the term) -> weighted scalar."""

@@ -70,7 +70,8 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, said: Said | None
     Args:
         module: a peer, or what peers share.
         config: of the optimiser.
-        said: the groups of the networks in it, see `engine.cohort.parameter_groups.said_by`; a whole network is asked itself.
+        said: the groups of the networks in it, see `engine.cohort.parameter_groups.said_by`; a whole network is asked
+            itself.
     """
     options: dict[str, Any] = {key: value for key, value in config.options.items() if key not in GROUPING}
     if fusible(config.name):
