@@ -72,7 +72,8 @@ class Loses(Cut):
 
 def scored(peers: list[nn.Module], peers_per_rank: int, pipeline: Any, batches: list[int]) -> list[Scores]:
     placement = Placement(len(peers), peers_per_rank, dist.get_world_size(), dist.get_rank())
-    exchange = Exchange(placement, group_of(placement.exchange_ranks))
+    # Signals of training travel in bf16 here; scores must not show it.
+    exchange = Exchange(placement, group_of(placement.exchange_ranks), torch.bfloat16)
     own = {k: peers[k] for k in placement.residents}
     return [evaluate(own, exchange, placement, pipeline, batch=batch, device=CPU) for batch in batches]
 
