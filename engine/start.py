@@ -92,7 +92,10 @@ def _take(config: RunConfig, owners: list[Owner], fresh: bool, stop: Callable[[]
     meeting, peer = config.placement.meeting, config.placement.peer
     if meeting is not None and peer is not None:
         place = meeting.expanduser() / "owners" / peer
-        owners.append(take(place, f"placement.meeting = {str(meeting)!r}, placement.peer = {peer}", stop, say))
+        try:
+            owners.append(take(place, f"placement.meeting = {str(meeting)!r}, placement.peer = {peer}", stop, say))
+        except OSError as error:  # A peer that can show nothing takes nobody's place.
+            say(f"{place}: not taken: {error.strerror or error}; training goes on")
 
 
 def open_together(config: RunConfig, device: torch.device) -> Pipeline:
