@@ -104,8 +104,8 @@ def load_networks(
         `val` and `ema`, to the networks by their peer's number.
 
     Raises:
-        CheckpointError: on all ranks, where the checkpoint is of other peers or of another method, or the file of a peer
-            does not fit its network.
+        CheckpointError: on all ranks, where the checkpoint is of other peers or of another method, or the file of a
+            peer does not fit its network.
     """
     folder, found = folder_of(run, manifest.step), defaultdict[str, dict[int, nn.Module]](dict)
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
