@@ -7,6 +7,17 @@ number of ranks, of threads and of rows that a rank takes never changes what the
 from data_pipelines import order
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, DataError, Pipeline
+from data_pipelines.matching import open_validation
 from data_pipelines.opening import Sizes, check_files, open_pipeline
 
-__all__ = ["Batch", "DataConfig", "DataError", "Pipeline", "Sizes", "check_files", "open_pipeline", "order"]
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "DataError",
+    "Pipeline",
+    "Sizes",
+    "check_files",
+    "open_pipeline",
+    "open_validation",
+    "order",
+]

@@ -22,7 +22,7 @@ from data_pipelines.decoding.dali import Graph, Plan, Work
 from data_pipelines.digest import contents
 from data_pipelines.pixels import Normalise
 from data_pipelines.sampling import Sampling
-from data_pipelines.sources.class_folders import FETCH, Files, list_folder
+from data_pipelines.sources.class_folders import FETCH, Files, Listing, list_folder
 
 _READERS = 4  # threads that read files, a batch each
 _IN_FLIGHT = 2  # batches that DALI works on while the network trains
@@ -35,6 +35,7 @@ class ImageFolder(Pipeline):
         config: the folder and its augmentation.
         seed: of order and augmentation.
         device: where the batches appear; on CUDA, ``mixed`` decodes there as well.
+        listings: of the two splits, where they are not those of the folder.
 
     Raises:
         DataError: see :func:`data_pipelines.sources.class_folders.list_folder`, and a class with too few photos for
@@ -42,10 +43,16 @@ class ImageFolder(Pipeline):
         ValueError: a mixed decoder is asked for on a device that is not CUDA.
     """
 
-    def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        device: torch.device,
+        listings: tuple[Listing, Listing] | None = None,
+    ) -> None:
         if config.decoding.decoder == "mixed" and device.type != "cuda":
             raise ValueError(f"decoding.decoder: mixed needs a CUDA device, found {device}; use auto or cpu")
-        self._train, self._val = (Files(listing) for listing in list_folder(config.folder))
+        self._train, self._val = (Files(listing) for listing in listings or list_folder(config.folder))
         self.class_names = self._train.listing.classes
         self.num_classes = len(self.class_names)
         self.channels = 3

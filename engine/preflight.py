@@ -56,9 +56,9 @@ def check_run(
             "data.decoding.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
         )
     placement = plan(config, launch.world, launch.rank)
-    _check_networks(config)
     check_data(config)
     _check_stages(config)
+    _check_networks(config, placement)
     _check_folder("dir", config.folder, "the run's folder")
     if config.placement.meeting is not None:
         _check_folder("placement.meeting", config.placement.meeting.expanduser(), "the folder where peers meet")
@@ -71,14 +71,23 @@ def check_run(
     return placement
 
 
-def _check_networks(config: RunConfig) -> None:
-    """What the optimiser wants of the networks."""
-    if "layer_decay" not in config.optimizer.options:
-        return
-    for peer in {(peer.network, repr(peer.options)): peer for peer in config.peers}.values():
-        with weightless(peer.network):
-            network = models.create(peer.network, 2, config.data.channels, **peer.options)
-        check_grouping(network, peer.network, config.optimizer)
+def _check_networks(config: RunConfig, placement: Placement) -> None:
+    """Whether the networks take the images, and what the optimiser wants of them."""
+    count = config.data.global_batch // placement.replicas // config.train.accumulation
+    if config.train.sync_bn:
+        count *= placement.replicas
+    indices = {(peer.network, repr(peer.options)): index for index, peer in reversed(list(enumerate(config.peers)))}
+    for index in sorted(indices.values()):
+        peer, data = config.peers[index], config.data
+        sizes = {"num_classes": 2, "in_channels": data.channels, "side": data.side, "count": count}
+        try:
+            models.try_images(peer.network, peer.options, **sizes)
+        except ValueError as error:
+            raise ConfigError(f"peers.{index}: network {peer.network!r}: {error}") from None
+        if "layer_decay" in config.optimizer.options:
+            with weightless(peer.network):
+                network = models.create(peer.network, 2, data.channels, **peer.options)
+            check_grouping(network, peer.network, config.optimizer)
 
 
 def _check_stages(config: RunConfig) -> None:

@@ -4,26 +4,38 @@ Alone:           python launch/evaluate.py runs/quickstart-dml
 On 8 ranks:      torchrun --nproc-per-node=8 launch/evaluate.py runs/imagenet-dml --checkpoint best
 On other files:  python launch/evaluate.py runs/imagenet-dml data.root=/mnt/imagenet-v2
 
-Every image is counted exactly once, whatever the number of ranks.
+Every image is counted exactly once, whatever the number of ranks. Other files are ROOT/val/CLASS/* or ROOT/CLASS/*;
+their classes are those of the run by name, or folders 0, 1, 2, ... as ImageNetV2 has them.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
 
-from data_pipelines import open_pipeline
-from engine.cohort.cohort import Cohort
+from data_pipelines import DataError, open_validation
+from data_pipelines.order import part
 from engine.cohort.precision import set_precision
+from engine.config import ConfigError
 from engine.files import write_json
-from engine.preflight import check_data
-from engine.ranks.collectives import Launch, choose_device, start
-from engine.ranks.placement import plan
+from engine.ranks.collectives import Launch, choose_device, group_of, start
+from engine.ranks.exchange import Exchange
+from engine.ranks.placement import plan_scoring
 from engine.safety import loading
-from engine.training.evaluation import evaluate_cohort
+from engine.safety.checkpoint import Manifest
+from engine.training.evaluation import score
 from launch.entry import parser, require_torchrun, user_errors
 from launch.run_folder import settings_of, use_together
+
+EXPLAINED = """\
+top1, top5: % of images; loss: mean cross-entropy in nats, of a peer (val/), its moving average (ema/) or the ensemble
+spread: how much the probabilities depend on the image; 0 where all images get the same
+apart: how far a peer's logits are from those of the peer nearest to it; 0 where the two compute the same
+disagreement: % of images on which two peers name different classes, the mean over pairs"""
 
 
 def main() -> None:
@@ -41,22 +53,51 @@ def main() -> None:
         require_torchrun("launch/evaluate.py")
         config = settings_of(run, overrides)
         device = choose_device(config.device, launch)
-        placement = plan(config, launch.world, launch.rank)
-        check_data(config)
+        placement = plan_scoring(config, launch.world, launch.rank)
         set_precision(config, device)
+        try:
+            pipeline, remark = open_validation(config.data, _classes(run), device)
+        except (DataError, ImportError) as error:
+            raise ConfigError(f"data{'.' if str(error).startswith('root:') else ': '}{error}") from None
         start(launch, device)
-        pipeline = open_pipeline(config.data, config.seed, device)
-        cohort = Cohort.on(pipeline, config, placement, device, initial=False)
-        manifest = use_together(run, options.checkpoint, lambda found: loading.load(run, found, cohort))
-        values = evaluate_cohort(cohort, pipeline)
+        networks: dict[str, dict[int, nn.Module]] = {}
+
+        def take(found: Manifest) -> None:
+            networks.clear()
+            networks.update(loading.load_networks(run, found, config, placement.residents, device))
+
+        manifest = use_together(run, options.checkpoint, take)
+        if pipeline.num_classes != manifest.num_classes:
+            raise ConfigError(
+                f"data.root = {str(config.data.root)!r}: has {pipeline.num_classes} classes, and nobody knows which of "
+                f"the {manifest.num_classes} of {run} they are; expected a run with a classes.json"
+            )
+        exchange = Exchange(placement, group_of(placement.exchange_ranks))
+        images = len(part(pipeline.eval_size, placement.replica, placement.replicas)) * len(networks)
+        # In a terminal only: a log wants the scores.
+        with tqdm(total=images, unit="image", disable=None if launch.rank == 0 else True, leave=False) as bar:
+            values = score(networks, config, exchange, placement, pipeline, device, bar.update)
         pipeline.close()
         dist.destroy_process_group()
     if launch.rank == 0:
         print(f"{run}, step {manifest.step}, {pipeline.eval_size} images, {placement}")
+        if remark:
+            print(f"  {remark}")
+        width = max(map(len, values))
         for key, value in values.items():
-            print(f"  {key:40} {value:.4f}")
+            print(f"  {key:{width}} {value:10.4f}")
+        print(EXPLAINED)
         if options.json:
             write_json(options.json, {"step": manifest.step, "images": pipeline.eval_size, **values})
+
+
+def _classes(run: Path) -> list[str] | None:
+    """The classes that a run was trained on, in the order of its logits; None if it does not say."""
+    try:
+        found = json.loads((run / "classes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
 
 
 if __name__ == "__main__":

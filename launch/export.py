@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def export(
             "options": peer.options,
         },
         about={
-            "input": {"size": config.data.side, "mean": list(mean), "std": list(std)},
+            "input": {"size": config.data.side, **_shown(config), "mean": list(mean), "std": list(std)},
             "classes": json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else None,
             "trained": {
                 "run": config.name,
@@ -106,6 +107,14 @@ def export(
     if not models.same_outputs(network.eval(), models.load_network(path), images):
         raise RuntimeError(f"{path}: the network that was written does not give the peer's logits")
     return path
+
+
+def _shown(config: RunConfig) -> dict[str, Any]:
+    """How validation images of any size were brought to that of the network."""
+    if config.data.dataset != "image_folder":
+        return {}
+    # What DALI and torchvision call linear, with antialiasing; the middle is cut out of it.
+    return {"resize": config.data.image.resize, "interpolation": "bilinear", "antialias": True, "crop": "centre"}
 
 
 if __name__ == "__main__":

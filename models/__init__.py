@@ -4,6 +4,7 @@ from models.errors import UnknownNetwork, WeightsError
 from models.exported import ExportError, load_network, same_outputs, save_network
 from models.features import parameter_count, pooled_features
 from models.registry import check, create, names
+from models.trying import try_images
 
 __all__ = [
     "ExportError",
@@ -17,4 +18,5 @@ __all__ = [
     "pooled_features",
     "same_outputs",
     "save_network",
+    "try_images",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,6 @@ def save_network(network: nn.Module, path: Path, architecture: dict[str, Any], a
     """
     weights = path.with_suffix(".safetensors")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
-    aside = weights.with_name(weights.name + ".tmp")
-    save_file(tensors, aside, metadata={"format": "pt"})
-    _settle(aside, weights)
     card = {
         "format": FORMAT,
         "version": VERSION,
@@ -44,9 +42,13 @@ def save_network(network: nn.Module, path: Path, architecture: dict[str, Any], a
         "load": load_command(architecture, weights.name),
         **about,
     }
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    _settle(aside, path)
+    aside, card_aside = (file.with_name(file.name + ".tmp") for file in (weights, path))
+    card_aside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, aside, metadata={"format": "pt"})
+    # safetensors lets nobody but the owner read what it writes.
+    shutil.copymode(card_aside, aside)
+    _settle(aside, weights)
+    _settle(card_aside, path)
 
 
 def load_network(path: Path) -> nn.Module:

@@ -4,6 +4,7 @@
 #   slurm/submit.sh CONFIG [CONFIG ...] seeds=0,1,2 [as above]                           an array: each config, each seed
 set -euo pipefail
 folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+from=$PWD
 cd "$folder/.."
 ranks=${RANKS_PER_NODE:-}
 . slurm/site.sh
@@ -20,7 +21,8 @@ while (($#)); do
       ;;
     seeds=*) seeds=$1 ;;
     *=*) overrides+=("$1") ;;
-    *) configs+=("$1") ;;
+    # One's own config lies where one stands, ours lie here.
+    *) if [[ $1 != /* && -f $from/$1 ]]; then configs+=("$from/$1"); else configs+=("$1"); fi ;;
   esac
   shift
 done

@@ -62,6 +62,17 @@ def list_folder(root: Path) -> tuple[Listing, Listing]:
     return train, val
 
 
+def list_validation(root: Path) -> Listing:
+    """Lists the validation split alone: ROOT/val/<class>/*.JPEG, or ROOT/<class>/*.JPEG where there is no ROOT/val.
+
+    Raises:
+        DataError: it is missing or empty, or a link leads out of the root.
+    """
+    if not root.is_dir():
+        raise DataError(f"root: {root} is not a folder. {_GET}")
+    return _list_split(root, "val" if (root / "val").is_dir() else ".")
+
+
 class Files:
     """Reads encoded files, and remembers the size of each photo once its header was seen."""
 

@@ -137,6 +137,17 @@ def plan(config: RunConfig, world: int, rank: int) -> Placement:
     return placement
 
 
+def plan_scoring(config: RunConfig, world: int, rank: int) -> Placement:
+    """The placement for scoring, to which it does not matter how large the batches of training are.
+
+    Raises:
+        ConfigError: where peers cannot be dealt to the ranks.
+    """
+    data = config.data.model_copy(update={"global_batch": world, "sampler": "shuffle"})
+    train = config.train.model_copy(update={"accumulation": 1})
+    return plan(config.model_copy(update={"data": data, "train": train}), world, rank)
+
+
 def _listed(numbers: list[int]) -> str:
     return ", ".join(str(n) for n in numbers)
 

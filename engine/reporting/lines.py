@@ -59,7 +59,8 @@ def report_training(tracker: Tracker, config: RunConfig, stretch: Stretch, readi
     line = training_line(config, stretch, reading, signs)
     tracker.write(stretch.end, line)
     loss = sum(values.nanmean().item() for values in reading.terms.values()) / len(config.trained)
-    tracker.progress(stretch.end, loss=f"{loss:.3f}", images=f"{line['speed/images_per_second']:.0f}/s")
+    images = f"{line['speed/images_per_second']:.0f}/s"
+    tracker.progress(stretch.end, lr=f"{stretch.lr:.3g}", loss=f"{loss:.3f}", images=images)
     if reading.skipped:
         tracker.say(f"step {stretch.end}: {reading.skipped} updates skipped since the last line: non-finite numbers")
 

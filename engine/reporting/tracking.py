@@ -147,6 +147,7 @@ class Tracker:
         self._wandb = _start_wandb(config, step)
         self._exit_code = 0
         self._stderr = _Stderr()
+        self._epochs, self._shown = config.train.epochs, dict[str, str]()
         self._bar = tqdm(
             file=self._stderr,
             total=steps,
@@ -197,8 +198,10 @@ class Tracker:
         return None
 
     def progress(self, step: int, **shown: str) -> None:
-        """Moves the bar."""
-        self._bar.set_postfix(shown, refresh=False)
+        """Moves the bar; what a line of metrics has shown stays there until the next, beside the epoch."""
+        self._shown |= shown
+        epoch = min(self._epochs, 1 + step * self._epochs // max(self._bar.total, 1))
+        self._bar.set_postfix({"epoch": f"{epoch}/{self._epochs}", **self._shown}, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:

@@ -6,15 +6,18 @@ import contextlib
 import hashlib
 import io
 import socket
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+import models
 from engine.cohort.cohort import Cohort
+from engine.config import RunConfig
 from engine.files import digest, read_bytes
 from engine.ranks.tables import load_parts
 from engine.safety.checkpoint import (
@@ -87,6 +90,41 @@ def read_state(folder: Path, name: str, entry: FileEntry | None = None) -> dict[
     return state
 
 
+def load_networks(
+    run: Path, manifest: Manifest, config: RunConfig, residents: Collection[int], device: torch.device
+) -> dict[str, dict[int, nn.Module]]:
+    """The plain networks of some peers, and their moving averages or teachers where there are any: all that it takes to
+    score them. All ranks call this.
+
+    Args:
+        residents: numbers of the peers that live here.
+        device: where the networks shall be.
+
+    Returns:
+        `val` and `ema`, to the networks by their peer's number.
+
+    Raises:
+        CheckpointError: on all ranks, where the checkpoint is of other peers or of another method, or the file of a
+            peer does not fit its network.
+    """
+    folder, found = folder_of(run, manifest.step), defaultdict[str, dict[int, nn.Module]](dict)
+    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    with _all_or_none():
+        _check_cohort(folder, manifest, config)
+        for index in residents:
+            name, peer = config.cohort[index]
+            file = f"peer_{name}.pt"
+            state = read_state(folder, file, manifest.files[file])
+            for prefix, part in (("val", "network"), ("ema", "ema")):
+                with _fits(folder / file):
+                    if state[part] is None and part == "ema":
+                        continue
+                    network = models.create(peer.network, manifest.num_classes, manifest.channels, **peer.options)
+                    network.load_state_dict(state[part])
+                found[prefix][index] = network.to(device, memory_format=layout)  # type: ignore[call-overload]
+    return dict(found)
+
+
 def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:
     """Puts a checkpoint into the cohort, each rank its part. All ranks call this.
 
@@ -94,25 +132,36 @@ def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:
         CheckpointError: on all ranks, where the checkpoint is of other peers or of another method, or one of them
             cannot use its part.
     """
+    with _all_or_none():
+        _load(folder_of(run, manifest.step), manifest, cohort)
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[None]:
+    """What one rank cannot do, none does: all ranks call this. Raises: CheckpointError, on all of them."""
     failure = None
     try:
-        _load(folder_of(run, manifest.step), manifest, cohort)
+        yield
     except (CheckpointError, OSError) as error:
         failure = str(error)
-        if cohort.placement.rank:
-            failure = f"{failure} (rank {cohort.placement.rank} on {socket.gethostname()})"
-    failures: list[str | None] = [None] * cohort.placement.world
+        if dist.get_rank():
+            failure = f"{failure} (rank {dist.get_rank()} on {socket.gethostname()})"
+    failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     for message in filter(None, failures):
         raise CheckpointError(message)
 
 
-def _load(folder: Path, manifest: Manifest, cohort: Cohort) -> None:
-    names = [name for name, _ in cohort.config.trained]
+def _check_cohort(folder: Path, manifest: Manifest, config: RunConfig) -> None:
+    names = [name for name, _ in config.trained]
     if manifest.peers != names:
         raise CheckpointError(f"{folder}: of the peers {', '.join(manifest.peers)}; expected {', '.join(names)}")
-    if manifest.method != cohort.config.method.name:
-        raise CheckpointError(f"{folder}: of method {manifest.method}; expected {cohort.config.method.name}")
+    if manifest.method != config.method.name:
+        raise CheckpointError(f"{folder}: of method {manifest.method}; expected {config.method.name}")
+
+
+def _load(folder: Path, manifest: Manifest, cohort: Cohort) -> None:
+    _check_cohort(folder, manifest, cohort.config)
     for resident in cohort.residents.values():
         with _restored(folder, f"peer_{resident.name}.pt", manifest, state_of(resident)) as state:
             load_plain_state(resident.whole, state["network"])

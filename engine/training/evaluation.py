@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data_pipelines import Pipeline
 from engine.cohort import precision
 from engine.cohort.cohort import Cohort
+from engine.config import RunConfig
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
 from losses.capabilities import HeldOutSurveys
@@ -57,8 +58,19 @@ def evaluate(
     batch: int,
     device: torch.device,
     autocast: torch.dtype | None = None,
+    counted: Callable[[int], None] = lambda _: None,
 ) -> Scores:
     """Scores the peers of this job; every rank calls it with its residents' networks and gets the same result.
+
+    Args:
+        networks: of the residents, by the number of the peer.
+        exchange: shows their logits to the others.
+        placement: of this rank.
+        pipeline: whose validation split is scored.
+        batch: images of one forward pass.
+        device: of the networks.
+        autocast: number format of the networks' layers; None as they are.
+        counted: told the number of images of each batch.
 
     Raises:
         RuntimeError: the images counted are not the validation split, each once.
@@ -99,15 +111,16 @@ def evaluate(
                 if pairs:
                     gaps += torch.stack([(centred[i] - centred[j]).square().sum() for i, j in pairs])
                 seen += torch.stack([torch.tensor(len(ids), device=device), ids.sum(), (ids * ids).sum(), different])
+            counted(len(rows.ids))
 
     dist.all_reduce(right)
     dist.all_reduce(sums)
     dist.all_reduce(seen)
     n = pipeline.eval_size
-    counted, *checks = seen[:3].tolist()
-    if (counted, *checks) != (n, n * (n - 1) // 2, (n - 1) * n * (2 * n - 1) // 6):
+    total, *checks = seen[:3].tolist()
+    if (total, *checks) != (n, n * (n - 1) // 2, (n - 1) * n * (2 * n - 1) // 6):
         raise RuntimeError(
-            f"evaluation counted {counted} images, or some of them twice; the validation split has {n}, each once"
+            f"evaluation counted {total} images, or some of them twice; the validation split has {n}, each once"
         )
     percent = (right.double() * 100 / n).tolist()
     spread = 1 - totals.view(-1, classes).square().sum(1) / (n * squares)
@@ -128,25 +141,45 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
         `val/PEER/top1` and so on, and the same with `ema/`; `ensemble` stands beside the peers. The keys of
         `metrics.jsonl`.
     """
-    names = [name for name, _ in cohort.config.trained]
-    values: dict[str, float] = {}
     averaged = any(resident.ema is not None for resident in cohort.residents.values())
-    for prefix in ("val", "ema") if averaged else ("val",):
+    networks = {"val": cohort.networks(), **({"ema": cohort.networks(ema=True)} if averaged else {})}
+    values = score(networks, cohort.config, cohort.exchange, cohort.placement, pipeline, cohort.device)
+    _drop_maps(cohort)
+    return values
+
+
+def score(
+    networks: Mapping[str, Mapping[int, nn.Module]],
+    config: RunConfig,
+    exchange: Exchange,
+    placement: Placement,
+    pipeline: Pipeline,
+    device: torch.device,
+    counted: Callable[[int], None] = lambda _: None,
+) -> dict[str, float]:
+    """The scores of this rank's networks and all others', as of `evaluate_cohort`, by what they are: `val` or `ema`.
+
+    Args:
+        counted: told the number of images of each batch.
+    """
+    names = [name for name, _ in config.trained]
+    values: dict[str, float] = {}
+    for prefix, own in networks.items():
         scores = evaluate(
-            cohort.networks(ema=prefix == "ema"),
-            cohort.exchange,
-            cohort.placement,
+            own,
+            exchange,
+            placement,
             pipeline,
-            batch=cohort.config.evaluation.batch,
-            device=cohort.device,
-            autocast=cohort.autocast,
+            batch=config.evaluation.batch,
+            device=device,
+            autocast=precision.AUTOCAST[config.precision.amp],
+            counted=counted,
         )
         named = {**dict(zip(names, scores.peers, strict=True)), "ensemble": scores.ensemble}
-        for name, score in named.items():
-            values |= {f"{prefix}/{name}/{key}": value for key, value in asdict(score).items()}
+        for name, each in named.items():
+            values |= {f"{prefix}/{name}/{key}": value for key, value in asdict(each).items()}
         values |= {f"{prefix}/{name}/apart": apart for name, apart in zip(names, scores.apart, strict=False)}
         values[f"{prefix}/disagreement"] = scores.disagreement
-    _drop_maps(cohort)
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,18 @@ def test_exported_weights_are_those_of_the_peer(run: Path, ema: bool) -> None:
         written = load_file(run / "export" / f"{name}{'-ema' if ema else ''}.safetensors")
         assert written.keys() == state.keys()
         assert all(torch.equal(written[key], state[key]) for key in state)
+
+
+def test_both_files_may_be_read_by_the_same_people(run: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run_command("export", str(run), "--peer", "ours", "--out", str(tmp_path))
+    finally:
+        os.umask(before)
+    assert {path.suffix: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        ".json": 0o640,
+        ".safetensors": 0o640,
+    }
 
 
 def test_exported_timm_network_loads_without_the_project(run: Path, tmp_path: Path) -> None:

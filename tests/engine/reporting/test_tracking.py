@@ -302,3 +302,23 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run(tiny: Path, tmp_path
     assert (wandb == "offline") == any(name.endswith(".wandb") for name in names)
     for path in files:
         assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_the_bar_always_shows_where_the_run_is(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only between the end of an epoch and the first step of the next; the first look is before any line."""
+    shown: list[str] = []
+    progress = Tracker.progress
+
+    def look(self: Tracker, step: int, **values: str) -> None:
+        progress(self, step, **values)
+        shown.append(str(self._bar.postfix))
+
+    monkeypatch.setattr(Tracker, "progress", look)
+    train_here(small_run(tiny, tmp_path, log={"progress": True, "every_steps": 2}))
+    assert len(shown) == 10 + 6
+    assert shown[0] == "epoch=1/2"
+    after = [text for text in shown[2:] if "loss=" in text and "images=" in text and "lr=" in text]
+    assert len(after) == len(shown) - 2
+    assert shown[-1].startswith("epoch=2/2")
