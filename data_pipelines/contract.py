@@ -20,7 +20,8 @@ class Batch:
     Attributes:
         views: one or more augmentations of the same images, each float32 [n, C, H, W] in channels-last memory,
             normalised.
-        targets: int64 [n], the class of each image.
+        targets: int64 [n], the class of each image; of training images whose labels are smoothed or that are mixed,
+            probabilities float32 [n, num_classes].
         ids: int64 [n], the position of each sample in its split.
     """
 
@@ -81,6 +82,7 @@ class Pipeline(ABC):
 
         Raises:
             DataError: a file cannot be read or decoded.
+            ValueError: the rows part images that are mixed, see `DataConfig.tuple_size`.
         """
 
     @abstractmethod

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import models
 from data_pipelines import DataConfig
+from engine.config.targets import check_targets
 from losses import METHODS, MethodOptions
 from losses.capabilities import (
     ActsAfterStep,
@@ -104,6 +105,16 @@ class TrainConfig(_Section):
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of each peer; null: no clipping")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of each peer's moving average; null: none")
     sync_bn: bool = Field(False, description="BatchNorm statistics over the replica group instead of one rank's rows")
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = Field(
+        "cross_entropy", description="how a peer's logits are held against the targets"
+    )
+    bce_threshold: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="binary_cross_entropy: targets above it count as 1, others as 0; null: neither",
+    )
+    bce_sum: bool = Field(False, description="binary_cross_entropy: the sum over classes, not their mean")
     max_skipped: int = Field(20, ge=1, description="non-finite updates in a row that end the run")
     timeout: float = Field(
         300.0,
@@ -312,6 +323,7 @@ class RunConfig(_Section):
             method.check(self.method, len(names))
         except ValueError as error:
             raise ValueError(f"method.name = {self.method.name}: {error}") from None
+        check_targets(self)
         if self.placement.kind == "jobs" and not issubclass(method, MeetsAsJobs):
             able = [name for name, other in METHODS.items() if issubclass(other, MeetsAsJobs)]
             raise ValueError(
