@@ -45,6 +45,7 @@ class Pipeline(ABC):
     """An open data set.
 
     Attributes:
+        remarks: what whoever starts a run may want to know of how the data are read.
         num_classes: number of classes.
         channels: channels of an image.
         image_size: side of the square images, in pixels.
@@ -59,6 +60,7 @@ class Pipeline(ABC):
             for those that are held out, which a memory of all samples must leave alone.
     """
 
+    remarks: tuple[str, ...] = ()
     num_classes: int
     channels: int
     image_size: int

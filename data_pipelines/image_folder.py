@@ -54,7 +54,8 @@ class ImageFolder(Pipeline):
     """
 
     def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
-        self._decoder_name = choose(config.decoding.decoder, cuda=device.type == "cuda").name
+        choice = choose(config.decoding.decoder, cuda=device.type == "cuda")
+        self._decoder_name, self.remarks = choice.name, (f"decoder: {choice}",)
         self._train, self._val = (Files(listing) for listing in list_folder(config.folder))
         self.class_names = self._train.listing.classes
         self.num_classes = len(self.class_names)
