@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     Strict,
@@ -16,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from data_pipelines.augmentation.sections import Augmentations, Section
+from data_pipelines.augmentation.spatial import BLUR
 from data_pipelines.sources.standard_sets import STANDARD, Standard
 
 # The constants of torchvision and timm.
@@ -57,18 +58,20 @@ class _Only:
 
 _SMALL = _Only("dataset", tuple(STANDARD), "the data sets of 28 and 32 pixels")
 _FOLDER = _Only("dataset", ("image_folder",), "image_folder")
+_SHUFFLE = _Only("sampler", ("shuffle",), "shuffle")
 _TUPLES = _Only("sampler", ("class_balanced", "class_tuples"), "class_balanced and class_tuples")
 
 # YAML has neither paths nor tuples: these two are read from strings and lists, all else must have its own type.
 _Path = Annotated[Path, Strict(False)]
 _Range = Annotated[tuple[float, float], Strict(False)]
+_Stage = Annotated[tuple[int, int], Strict(False)]
+
+_LATER_KEYS = ("repeats", "image.training_sizes", *(f"augmentation.{name}" for name in Augmentations.model_fields))
+"""Keys that earlier versions did not have: where they have their defaults they are not written, so that a run of such a
+version is still the same run."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ImageConfig(_Section):
+class ImageConfig(Section):
     """The images that a network sees, where files have images of all sizes."""
 
     size: Annotated[int, _FOLDER] = Field(
@@ -77,9 +80,14 @@ class ImageConfig(_Section):
     resize: Annotated[int, _FOLDER] = Field(
         default=256, ge=1, description="Shorter side before the validation crop, in pixels (image_folder)."
     )
+    training_sizes: Annotated[tuple[_Stage, ...], Strict(False), _FOLDER] = Field(
+        default=(),
+        description="[epoch, size] pairs: from which epoch on, counted from 0, training images have another size, such "
+        "as [[0, 128], [30, 176], [60, 224]]; [] for image.size all along (image_folder).",
+    )
 
 
-class AugmentationConfig(_Section):
+class AugmentationConfig(Augmentations):
     """How training images are changed, each time anew."""
 
     padding: Annotated[int, _SMALL] = Field(
@@ -100,18 +108,18 @@ class AugmentationConfig(_Section):
     )
 
 
-class DecodingConfig(_Section):
+class DecodingConfig(Section):
     """What turns files into pixels; a run that changes it goes on as the same run."""
 
-    decoder: Annotated[Literal["auto", "cpu", "mixed"], _FOLDER] = Field(
-        default="auto", description="Where JPEGs are decoded; auto is mixed on CUDA, and cpu elsewhere (image_folder)."
+    decoder: Annotated[Literal["auto", "cpu", "mixed", "torchvision"], _FOLDER] = Field(
+        default="auto",
+        description="What decodes JPEGs: cpu and mixed (partly on the GPU) are DALI; auto is mixed on CUDA and cpu "
+        "elsewhere, and torchvision where DALI is not installed (image_folder).",
     )
-    threads: Annotated[int, _FOLDER] = Field(
-        default=4, ge=1, description="DALI's decoding threads of a rank (image_folder)."
-    )
+    threads: Annotated[int, _FOLDER] = Field(default=4, ge=1, description="Decoding threads of a rank (image_folder).")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which data set, where it is, and how its images are drawn, decoded and augmented."""
 
     dataset: Literal["fashion_mnist_subset", "fashion_mnist", "cifar10", "cifar100", "image_folder"] = Field(
@@ -131,6 +139,12 @@ class DataConfig(_Section):
         default=2,
         ge=2,
         description="Images of one class that lie side by side in a batch (class_balanced, class_tuples).",
+    )
+    repeats: Annotated[int, _SHUFFLE] = Field(
+        default=1,
+        ge=1,
+        description="Augmentations of an image in one batch (repeated augmentation): an epoch has as many batches as "
+        "ever, of 1 / repeats of the images (shuffle).",
     )
     views: Literal["shared", "per_peer"] = Field(
         default="shared", description="Whether all peers see one augmentation of an image, or each peer its own."
@@ -165,9 +179,11 @@ class DataConfig(_Section):
             below = self.global_batch // self.tuple_size * self.tuple_size
             nearest = " or ".join(str(batch) for batch in (below, below + self.tuple_size) if batch)
             raise ValueError(
-                f"global_batch: expected a multiple of images_per_class = {self.images_per_class} for sampler "
-                f"{self.sampler}, found {self.global_batch}; nearest: {nearest}"
+                f"global_batch: expected a multiple of {self._tuple_of()}, found {self.global_batch}; "
+                f"nearest: {nearest}"
             )
+        if self.global_batch % self.repeats:
+            raise ValueError(f"repeats: expected a divisor of global_batch = {self.global_batch}, found {self.repeats}")
         if self.dataset == "fashion_mnist_subset":
             if self.root is not None:
                 raise ValueError(
@@ -176,6 +192,7 @@ class DataConfig(_Section):
         elif self.root is None:
             raise ValueError(f"root: expected the folder of {self.dataset}, found none")
         self._check_constants()
+        self._check_augmentation()
         if self.dataset == "image_folder":
             self._check_crops()
         elif self.augmentation.padding >= self.side:
@@ -192,8 +209,28 @@ class DataConfig(_Section):
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std: expected values above 0, found {self.std}")
 
+    def _tuple_of(self) -> str:
+        """What `tuple_size` comes from, for a message."""
+        of_class = f"images_per_class = {self.images_per_class} for sampler {self.sampler}"
+        if not self.augmentation.mixing.on:
+            return of_class
+        return "2 where images are mixed" if self.sampler == "shuffle" else f"twice {of_class} where images are mixed"
+
+    def _check_augmentation(self) -> None:
+        sides = [self.side, *(size for _, size in self.image.training_sizes)]
+        if self.augmentation.blurs and min(sides) <= BLUR:
+            raise ValueError(f"augmentation: a blur needs images of more than {BLUR} pixels, found {min(sides)}")
+        if self.augmentation.mixing.on and self.repeats == self.global_batch:
+            raise ValueError(f"repeats: {self.repeats} of one image in a batch leave nothing to mix it with")
+
     def _check_crops(self) -> None:
         image, augmentation = self.image, self.augmentation
+        epochs = [epoch for epoch, _ in image.training_sizes]
+        if epochs != sorted(set(epochs)) or any(epoch < 0 or size < 1 for epoch, size in image.training_sizes):
+            raise ValueError(
+                "image.training_sizes: expected [epoch, size] pairs, epochs ascending from 0 and sizes of at least 1, "
+                f"found {[list(pair) for pair in image.training_sizes]}"
+            )
         if image.resize < image.size:
             raise ValueError(f"image.resize: expected at least image.size = {image.size}, found {image.resize}")
         for key, (low, high), limit in (
@@ -214,6 +251,11 @@ class DataConfig(_Section):
         written = serialise(self)
         for path, _ in self._without_meaning():
             reduce(lambda section, name: section.get(name, {}), path[:-1], written).pop(path[-1], None)
+        for key in _LATER_KEYS:
+            *above, name = key.split(".")
+            section: Any = reduce(getattr, above, self)
+            if getattr(section, name) == type(section).model_fields[name].default:
+                reduce(lambda inner, part: inner.get(part, {}), above, written).pop(name, None)
         return {key: value for key, value in written.items() if value != {}}
 
     @property
@@ -227,13 +269,24 @@ class DataConfig(_Section):
 
     @property
     def tuple_size(self) -> int:
-        """Neighbouring rows of a batch that belong together: images of one class, or a row alone."""
+        """Neighbouring rows of a batch that no placement parts: images of one class, two such groups where images are
+        mixed; or a row alone."""
+        return self.neighbours * (2 if self.augmentation.mixing.on else 1)
+
+    @property
+    def neighbours(self) -> int:
+        """Images of one class that lie side by side in a batch."""
         return 1 if self.sampler == "shuffle" else self.images_per_class
 
     @property
     def tuples(self) -> int:
-        """Tuples of that size in a global batch."""
-        return self.global_batch // self.tuple_size
+        """Groups of neighbours in a global batch."""
+        return self.global_batch // self.neighbours
+
+    def training_side(self, epoch: int) -> int:
+        """Side of the training images of an epoch, in pixels."""
+        begun = [size for first, size in self.image.training_sizes if first <= epoch]
+        return begun[-1] if begun else self.side
 
     @property
     def side(self) -> int:

@@ -20,7 +20,8 @@ class Batch:
     Attributes:
         views: one or more augmentations of the same images, each float32 [n, C, H, W] in channels-last memory,
             normalised.
-        targets: int64 [n], the class of each image.
+        targets: int64 [n], the class of each image; of training images whose labels are smoothed or that are mixed,
+            probabilities float32 [n, num_classes].
         ids: int64 [n], the position of each sample in its split.
     """
 
@@ -44,6 +45,7 @@ class Pipeline(ABC):
     """An open data set.
 
     Attributes:
+        remarks: what whoever starts a run may want to know of how the data are read.
         num_classes: number of classes.
         channels: channels of an image.
         image_size: side of the square images, in pixels.
@@ -59,6 +61,7 @@ class Pipeline(ABC):
         contents: what the data set holds, see :func:`data_pipelines.digest.contents`; where it differs, the data do.
     """
 
+    remarks: tuple[str, ...] = ()
     num_classes: int
     channels: int
     image_size: int
@@ -83,6 +86,7 @@ class Pipeline(ABC):
 
         Raises:
             DataError: a file cannot be read or decoded.
+            ValueError: the rows part images that are mixed, see `DataConfig.tuple_size`.
         """
 
     @abstractmethod

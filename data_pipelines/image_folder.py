@@ -1,13 +1,13 @@
-"""ImageNet-style folders of JPEG and PNG files, decoded and transformed by DALI.
+"""ImageNet-style folders of JPEG and PNG files, decoded and cropped by DALI or torchvision, augmented on the device.
 
 What is shown of which photo is decided here, by :mod:`data_pipelines.order` and
-:mod:`data_pipelines.decoding.windows`; DALI is told.
+:mod:`data_pipelines.decoding.windows`; the decoder is told.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -15,17 +15,29 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipelines import order
+from data_pipelines.augmentation.chain import Augmenter, Drawn
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, DataError, Pipeline
 from data_pipelines.decoding import windows
-from data_pipelines.decoding.dali import Graph, Plan, Work
+from data_pipelines.decoding.choice import choose
+from data_pipelines.decoding.contract import Decoder, Plan, Work
+from data_pipelines.decoding.dali import Graph
+from data_pipelines.decoding.with_torchvision import TorchvisionDecoder
 from data_pipelines.digest import contents
-from data_pipelines.pixels import Normalise
 from data_pipelines.sampling import Sampling
 from data_pipelines.sources.class_folders import FETCH, Files, Listing, list_folder
 
 _READERS = 4  # threads that read files, a batch each
-_IN_FLIGHT = 2  # batches that DALI works on while the network trains
+_IN_FLIGHT = 2  # batches that the decoder works on while the network trains
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch that is ready to be decoded."""
+
+    work: Work
+    targets: NDArray[np.int64]
+    drawn: Drawn | None
 
 
 class ImageFolder(Pipeline):
@@ -50,8 +62,8 @@ class ImageFolder(Pipeline):
         device: torch.device,
         listings: tuple[Listing, Listing] | None = None,
     ) -> None:
-        if config.decoding.decoder == "mixed" and device.type != "cuda":
-            raise ValueError(f"decoding.decoder: mixed needs a CUDA device, found {device}; use auto or cpu")
+        choice = choose(config.decoding.decoder, cuda=device.type == "cuda")
+        self._decoder_name, self.remarks = choice.name, (f"decoder: {choice}",)
         self._train, self._val = (Files(listing) for listing in listings or list_folder(config.folder))
         self.class_names = self._train.listing.classes
         self.num_classes = len(self.class_names)
@@ -65,8 +77,11 @@ class ImageFolder(Pipeline):
         splits = [(files.listing.names, files.listing.labels) for files in (self._train, self._val)]
         self.contents = contents(self.class_names, *splits)
         self._config, self._seed, self._device = config, seed, device
-        self._normalise = Normalise(*config.normalisation, config.image.size, device)
-        self._idle: dict[Plan, Graph] = {}
+        self._augmenter = Augmenter(
+            config.augmentation, seed, config.normalisation, self.num_classes, config.neighbours, device
+        )
+        self._idle: dict[Plan, Decoder] = {}
+        self._decoders = ThreadPoolExecutor(config.decoding.threads, thread_name_prefix="cohort-decoder")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cohort-reader")
 
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
@@ -74,8 +89,11 @@ class ImageFolder(Pipeline):
         samples = self._sampling.epoch(epoch)
         size, augmentation = self.global_batch, self._config.augmentation
         area, ratio = augmentation.crop_area, augmentation.crop_ratio
+        side = self._config.training_side(epoch)
+        if side != self._config.training_side(max(epoch - 1, 0)):
+            self._idle.clear()  # Images of the size of before are not shown again.
 
-        def prepare(step: int) -> Work:
+        def prepare(step: int) -> _Prepared:
             ids = samples[step, rows]
             encoded, sizes = self._train.read(ids)
             uniforms = (order.augmentation(self._seed, epoch, step, size, windows.COLUMNS, view) for view in views)
@@ -83,13 +101,15 @@ class ImageFolder(Pipeline):
             cropped = (windows.crop_windows(each, sizes, ratio) for each in draws)
             corners, shapes = (np.stack(each, axis=1) for each in zip(*cropped, strict=True))
             flips = np.stack([windows.flips(each) for each in draws], axis=1)
-            return Work(ids, encoded, corners, shapes, np.full_like(sizes, self.image_size), 0 * sizes, flips)
+            work = Work(ids, encoded, corners, shapes, np.full_like(sizes, side), 0 * sizes, flips)
+            drawn = self._augmenter.draw(epoch, step, size, rows, side, views)
+            return _Prepared(work, self._train.listing.labels[ids], drawn)
 
         largest = len(range(*rows.indices(size)))
         # A photo of several views is decoded once, and then as a whole. A window is decoded without the colours beyond
         # its edges, so a rank that asks for one view where others ask for more has to decode the whole as well.
         whole = self._config.views == "per_peer"
-        plan = Plan(largest, len(views), whole)
+        plan = Plan(largest, len(views), whole, side)
         return self._batches(self._train, prepare, range(first_step, self.steps_per_epoch), plan)
 
     def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
@@ -104,69 +124,74 @@ class ImageFolder(Pipeline):
     def _as_they_are(self, files: Files, samples: NDArray[np.int64], mine: range, batch: int) -> Iterator[Batch]:
         """The samples at the places `mine`, in order, without augmentation."""
 
-        def prepare(begin: int) -> Work:
+        def prepare(begin: int) -> _Prepared:
             ids = samples[begin : min(begin + batch, mine.stop)]
             encoded, sizes = files.read(ids)
             scaled, cuts = windows.validation_windows(sizes, self._config.image.resize, self.image_size)
             corners, shapes, flips = 0 * sizes[:, None], sizes[:, None], np.zeros((len(ids), 1), np.int32)
-            return Work(ids, encoded, corners, shapes, scaled, cuts, flips)
+            work = Work(ids, encoded, corners, shapes, scaled, cuts, flips)
+            return _Prepared(work, files.listing.labels[ids], None)
 
-        return self._batches(files, prepare, range(mine.start, mine.stop, batch), Plan(batch, 1, False))
+        plan = Plan(batch, 1, False, self.image_size)
+        return self._batches(files, prepare, range(mine.start, mine.stop, batch), plan)
 
     def close(self) -> None:
         """See :meth:`data_pipelines.contract.Pipeline.close`."""
         self._readers.shutdown(cancel_futures=True)
         self._idle.clear()
+        self._decoders.shutdown(cancel_futures=True)
 
-    def _batches(self, files: Files, prepare: Callable[[int], Work], steps: range, plan: Plan) -> Iterator[Batch]:
+    def _batches(self, files: Files, prepare: Callable[[int], _Prepared], steps: range, plan: Plan) -> Iterator[Batch]:
         if not steps:
             return
         # Building one takes a second or two on a GPU. One is of a single pass at a time: training may pause for an
         # evaluation, with batches in flight.
-        graph = self._idle.pop(plan, None) or self._graph(plan)
-        pending: deque[Work] = deque()
+        decoder = self._idle.pop(plan, None) or self._decoder(plan)
+        pending: deque[_Prepared] = deque()
         try:
-            for work in _ahead(self._readers, prepare, steps):
-                pending.append(work)
-                graph.feed(work)
+            for prepared in _ahead(self._readers, prepare, steps):
+                pending.append(prepared)
+                decoder.feed(prepared.work)
                 if len(pending) > _IN_FLIGHT:
-                    yield self._finish(graph, files, pending)
+                    yield self._finish(decoder, pending)
             while pending:
-                yield self._finish(graph, files, pending)
+                yield self._finish(decoder, pending)
             if files is self._train:  # What validates is used once an epoch, and its memory is wanted for training.
-                self._idle[plan] = graph
+                self._idle[plan] = decoder
         except RuntimeError as error:
             broken = self._broken_file(files, pending, plan)
             if broken is None:
                 raise
             raise broken from error
 
-    def _finish(self, graph: Graph, files: Files, pending: deque[Work]) -> Batch:
-        views, ids = graph.take()
-        # With ids and labels in one copy; the ids went through DALI, so they cannot get out of step with the pixels.
-        numbers = torch.from_numpy(np.stack([ids, files.listing.labels[ids]]))
+    def _finish(self, decoder: Decoder, pending: deque[_Prepared]) -> Batch:
+        views, ids = decoder.take()
+        prepared = pending.popleft()
+        # With ids and targets in one copy; the ids went through the decoder, as the pixels did.
+        numbers = torch.from_numpy(np.stack([ids, prepared.targets]))
         if self._device.type == "cuda":
             numbers = numbers.pin_memory()
             views = [pixels if pixels.is_cuda else pixels.pin_memory() for pixels in views]
         *views, numbers = (tensor.to(self._device, non_blocking=True) for tensor in (*views, numbers))
         # Normalising copies the pixels out of DALI's buffers, which go back to DALI when ``views`` does.
-        batch = Batch(tuple(self._normalise(pixels) for pixels in views), numbers[1], numbers[0])
-        pending.popleft()
-        return batch
+        if prepared.drawn is None:
+            shown = tuple(self._augmenter.normalise(pixels) for pixels in views)
+            return Batch(shown, numbers[1], numbers[0])
+        return Batch(*self._augmenter(views, numbers[1], prepared.drawn), numbers[0])
 
-    def _graph(self, plan: Plan) -> Graph:
-        mixed = self._device.type == "cuda" and self._config.decoding.decoder != "cpu"
-        return Graph(plan, self._config.decoding.threads, self.image_size, self._device if mixed else None)
+    def _decoder(self, plan: Plan) -> Decoder:
+        if self._decoder_name == "torchvision":
+            return TorchvisionDecoder(plan, self._decoders)
+        return Graph(plan, self._config.decoding.threads, self._device if self._decoder_name == "mixed" else None)
 
-    def _broken_file(self, files: Files, pending: deque[Work], plan: Plan) -> DataError | None:
-        """Finds the file that stopped DALI, which names only the batch, by decoding one at a time."""
-        graph = self._graph(replace(plan, largest=1))
-        for work in pending:
+    def _broken_file(self, files: Files, pending: deque[_Prepared], plan: Plan) -> DataError | None:
+        """Finds the file that stopped the decoder, which names only the batch, by decoding one at a time."""
+        decoder = self._decoder(replace(plan, largest=1))
+        for work in (prepared.work for prepared in pending):
             for index, name in enumerate(work.ids):
-                one = slice(index, index + 1)
                 try:
-                    graph.feed(Work(*(field[one] for field in vars(work).values())))
-                    graph.take()
+                    decoder.feed(work.one(index))
+                    decoder.take()
                 except RuntimeError:
                     return DataError(
                         f"{files.listing.path(name)}: expected a whole JPEG or PNG image, found "
@@ -175,15 +200,15 @@ class ImageFolder(Pipeline):
         return None
 
 
-def _ahead(pool: ThreadPoolExecutor, prepare: Callable[[int], Work], steps: range) -> Iterator[Work]:
+def _ahead(pool: ThreadPoolExecutor, prepare: Callable[[int], _Prepared], steps: range) -> Iterator[_Prepared]:
     """Yields what ``prepare`` gives for each step, in order, while the pool is some steps ahead."""
     left = iter(steps)
-    futures: deque[Future[Work]] = deque(pool.submit(prepare, step) for step in islice(left, _READERS))
+    futures: deque[Future[_Prepared]] = deque(pool.submit(prepare, step) for step in islice(left, _READERS))
     try:
         while futures:
-            work = futures.popleft().result()
+            prepared = futures.popleft().result()
             futures.extend(pool.submit(prepare, step) for step in islice(left, 1))
-            yield work
+            yield prepared
     finally:
         for future in futures:
             future.cancel()

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, DataError, Pipeline
-from data_pipelines.decoding.dali import require_dali
 from data_pipelines.image_folder import ImageFolder
 from data_pipelines.resident import ResidentSet
 from data_pipelines.sources.class_folders import list_validation
@@ -79,7 +78,6 @@ def open_validation(
     whole = config.model_copy(update={"global_batch": 1, "sampler": "shuffle", "held_out": 0.0})
     pipeline: Pipeline
     if config.dataset == "image_folder":
-        require_dali()
         listing = list_validation(config.folder)
         pipeline = ImageFolder(whole, 0, device, (listing, listing))
     else:

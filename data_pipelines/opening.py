@@ -6,7 +6,7 @@ import torch
 
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import DataError, Pipeline
-from data_pipelines.decoding.dali import require_dali
+from data_pipelines.decoding.choice import choose
 from data_pipelines.image_folder import ImageFolder
 from data_pipelines.resident import ResidentSet
 from data_pipelines.sources.class_folders import list_folder
@@ -29,10 +29,11 @@ def check_files(config: DataConfig) -> Sizes:
 
     Raises:
         DataError: files are missing or of the wrong size, classes do not match, or there are fewer training samples
-            or classes than a global batch has; or DALI is needed and not installed.
+            or classes than a global batch has; or DALI is asked for and not installed.
     """
     if config.dataset == "image_folder":
-        require_dali()
+        # Whether there is a device for a mixed one is asked by who knows the device.
+        choose(config.decoding.decoder, cuda=True)
         train, val = list_folder(config.folder)
         size, classes, validation = len(train.names), len(train.classes), len(val.names)
     else:

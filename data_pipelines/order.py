@@ -15,6 +15,7 @@ _HELD_OUT = 3
 _CLASSES = 4
 _IMAGES = 5
 _LEFT_OUT = 6
+_PURPOSES = {"policy": 7, "colour": 8, "erasing": 9, "cutout": 10, "mixing": 11}
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
@@ -121,8 +122,14 @@ def augmentation(seed: int, epoch: int, step: int, rows: int, columns: int, view
         columns: numbers that the augmentation needs for a sample.
         view: which of the independent augmentations of the batch, from 0.
     """
-    words = _words(seed, _AUGMENTATION + (view << 32), epoch, step, rows * columns)
-    return _uniforms(words).reshape(rows, columns)
+    return _uniforms_of(_AUGMENTATION, seed, epoch, step, rows, columns, view)
+
+
+def uniforms(
+    purpose: str, seed: int, epoch: int, step: int, rows: int, columns: int, view: int = 0
+) -> NDArray[np.float64]:
+    """The same from another stream for each purpose: policy, colour, erasing, cutout or mixing."""
+    return _uniforms_of(_PURPOSES[purpose], seed, epoch, step, rows, columns, view)
 
 
 def part(size: int, index: int, parts: int) -> range:
@@ -136,6 +143,13 @@ def part(size: int, index: int, parts: int) -> range:
     if not 0 <= index < parts:
         raise ValueError(f"part {index} of {parts}: expected 0 <= part < parts")
     return range(index * size // parts, (index + 1) * size // parts)
+
+
+def _uniforms_of(
+    stream: int, seed: int, epoch: int, step: int, rows: int, columns: int, view: int
+) -> NDArray[np.float64]:
+    words = _words(seed, stream + (view << 32), epoch, step, rows * columns)
+    return _uniforms(words).reshape(rows, columns)
 
 
 def _words(seed: int, stream: int, epoch: int, step: int, count: int) -> NDArray[np.uint64]:

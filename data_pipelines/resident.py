@@ -7,10 +7,10 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipelines import order
+from data_pipelines.augmentation.chain import Augmenter
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, Pipeline
 from data_pipelines.digest import contents
-from data_pipelines.pixels import Normalise
 from data_pipelines.sampling import Sampling
 from data_pipelines.sources.standard_sets import STANDARD, Split
 
@@ -42,7 +42,9 @@ class ResidentSet(Pipeline):
         self.contents = contents(self.class_names, (train.images, train.labels), (test.images, test.labels))
         self._config, self._seed, self._device = config, seed, device
         self._train, self._test = (_to_device(split, device) for split in (train, test))
-        self._normalise = Normalise(*config.normalisation, standard.side, device)
+        self._augmenter = Augmenter(
+            config.augmentation, seed, config.normalisation, self.num_classes, config.neighbours, device
+        )
 
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
@@ -56,7 +58,8 @@ class ResidentSet(Pipeline):
                 augment(images, ids, down, right, flip.bool(), how.padding, how.padding_mode)
                 for down, right, flip in zip(*[iter(geometry)] * 3, strict=True)
             )
-            yield Batch(tuple(self._normalise(pixels) for pixels in shown), labels[ids], ids)
+            drawn = self._augmenter.draw(epoch, step, self.global_batch, rows, self.image_size, views)
+            yield Batch(*self._augmenter(list(shown), labels[ids], drawn), ids)
 
     def _geometry(self, epoch: int, step: int, view: int) -> NDArray[np.int64]:
         """(down, right, flip) of each row of a global batch, [G, 3]."""
@@ -73,7 +76,7 @@ class ResidentSet(Pipeline):
         for begin in range(rows.start, rows.stop, batch):
             end = min(begin + batch, rows.stop)
             ids = torch.arange(begin, end, device=self._device)
-            yield Batch((self._normalise(images[begin:end]),), labels[begin:end], ids)
+            yield Batch((self._augmenter.normalise(images[begin:end]),), labels[begin:end], ids)
 
     def held_out(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.held_out`."""
@@ -81,7 +84,7 @@ class ResidentSet(Pipeline):
         rows = order.part(self.held_out_size, part, parts)
         for begin in range(rows.start, rows.stop, batch):
             ids = _send(self._sampling.held_out[begin : min(begin + batch, rows.stop)], self._device)
-            yield Batch((self._normalise(images[ids]),), labels[ids], ids)
+            yield Batch((self._augmenter.normalise(images[ids]),), labels[ids], ids)
 
     def close(self) -> None:
         """See :meth:`data_pipelines.contract.Pipeline.close`."""

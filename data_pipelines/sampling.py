@@ -59,5 +59,8 @@ class Sampling:
             drawn = order.class_tuples(self._seed, epoch, self._labels, config.tuples, config.images_per_class)
         else:
             shuffled = order.epoch_order(self._seed, epoch, len(self._labels))
-            drawn = shuffled[: self.steps * config.global_batch].reshape(self.steps, config.global_batch)
+            different = config.global_batch // config.repeats
+            drawn = shuffled[: self.steps * different].reshape(self.steps, different)
+            # The repeats of a batch one after another: an image's neighbour, with which it may be mixed, is another.
+            drawn = np.tile(drawn, (1, config.repeats))
         return self.trained_on[drawn]

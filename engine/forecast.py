@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import models
 from data_pipelines import Sizes
+from data_pipelines.decoding.choice import choose
 from engine.config import ConfigError, RunConfig
 from engine.preflight import check_data
 from engine.ranks.placement import Placement
@@ -15,8 +16,11 @@ from engine.training.remarks import remarks
 from models.weightless import weightless
 
 
-def forecast(config: RunConfig, placement: Placement) -> Iterator[str]:
+def forecast(config: RunConfig, placement: Placement, *, cuda: bool = False) -> Iterator[str]:
     """Data, steps, peers, and from a rehearsal of a step the memory of a rank and what the host waits for.
+
+    Args:
+        cuda: whether ranks have GPUs, which decides what decodes.
 
     Raises:
         ConfigError: a step of these networks on these images cannot be made.
@@ -36,6 +40,8 @@ def forecast(config: RunConfig, placement: Placement) -> Iterator[str]:
         + (f" in {parts} micro-batches" if parts > 1 else "")
         + f"; {steps * config.train.epochs:,} in all"
     )
+    if config.data.dataset == "image_folder":
+        yield f"decoder    {choose(config.data.decoding.decoder, cuda=cuda)}"
     if left and config.data.sampler == "shuffle":
         yield f"left out   {left:,} images of an epoch, each time others: they fill no batch"
     for note in remarks(config, steps, trained_on):

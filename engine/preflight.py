@@ -59,6 +59,7 @@ def check_run(
     check_data(config)
     _check_stages(config)
     _check_networks(config, placement)
+    _check_sizes(config)
     _check_folder("dir", config.folder, "the run's folder")
     if config.placement.meeting is not None:
         _check_folder("placement.meeting", config.placement.meeting.expanduser(), "the folder where peers meet")
@@ -105,6 +106,23 @@ def _check_stages(config: RunConfig) -> None:
     for info, (_, peer) in zip(infos, config.cohort, strict=True):
         with _refusal(config, peer), weightless(peer.network):
             built.head(info)
+
+
+def _check_sizes(config: RunConfig) -> None:
+    """A network that takes images of one size only would end a run at the epoch at which they get another."""
+    sizes = sorted({size for _, size in config.data.image.training_sizes} - {config.data.side})
+    for peer in config.peers if sizes else ():
+        with weightless(peer.network):
+            network = models.create(peer.network, 2, config.data.channels, **peer.options)
+            for size in sizes:
+                try:
+                    network(torch.empty(2, config.data.channels, size, size, device="meta"))
+                except (RuntimeError, ValueError, AssertionError) as error:
+                    reason = str(error).strip().partition("\n")[0]
+                    raise ConfigError(
+                        f"data.image.training_sizes: {peer.network} cannot be shown images of {size} pixels: {reason}; "
+                        "expected sizes that it takes, or options that let it (dynamic_img_size of timm's transformers)"
+                    ) from None
 
 
 @contextmanager

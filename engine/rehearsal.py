@@ -29,7 +29,7 @@ from engine.cohort.optim import fusible
 from engine.config import RunConfig
 from engine.ranks.placement import Placement
 from engine.ranks.tables import ShardedTable, WholeTable, make_table
-from engine.training.step import train_step
+from engine.training.step import blank, train_step
 from engine.training.timing import Clock
 from losses import Progress
 from losses.capabilities import Tables
@@ -144,11 +144,7 @@ def _cohort(config: RunConfig, placement: Placement, images: Images) -> Cohort:
 
 
 def _batch(cohort: Cohort, config: RunConfig, placement: Placement) -> Batch:
-    rows = len(range(config.data.global_batch)[placement.rows(config.data.global_batch)])
-    side = cohort.image_size
-    images = torch.empty(rows, cohort.channels, side, side, device=META).contiguous(memory_format=torch.channels_last)
-    whole = torch.empty(rows, dtype=torch.int64, device=META)
-    return Batch(tuple(torch.empty_like(images) for _ in cohort.views), whole, torch.empty_like(whole))
+    return blank(cohort, len(range(config.data.global_batch)[placement.rows(config.data.global_batch)]))
 
 
 def _told(config: RunConfig, placement: Placement, images: Images) -> list[Any]:

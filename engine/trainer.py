@@ -75,6 +75,8 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False, preempted: 
         claim(config, launch, fresh=fresh, stop=preemption.was_asked) as held,
     ):
         pipeline = open_together(config, device)
+        if launch.rank == 0 and pipeline.remarks:
+            print(*pipeline.remarks, sep="\n", file=sys.stderr)
         try:
             while (run := _train_until_rollback(config, launch, placement, device, pipeline, preemption, held)) is None:
                 gc.collect()  # The networks of before have cycles, and those that are built next need the memory.

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from engine.config import loading as configuration
 from engine.forecast import forecast
 from engine.preflight import check_run
-from engine.ranks.collectives import Launch
+from engine.ranks.collectives import Launch, choose_device
 from engine.reporting import report
 from engine.safety.preemption import end_with_parent
 from engine.trainer import train
@@ -86,7 +86,9 @@ def main() -> None:
                 device = torch.device("cpu" if config.device == "cpu" else "cuda")
             placement = check_run(config, launch, fresh=fresh, device=device)
             if launch.rank == 0:
-                print(f"{config.title}: {config.method.name}; {placement}", *forecast(config, placement), sep="\n  ")
+                cuda = (device or choose_device(config.device, launch)).type == "cuda"
+                lines = forecast(config, placement, cuda=cuda)
+                print(f"{config.title}: {config.method.name}; {placement}", *lines, sep="\n  ")
             return
         require_torchrun("launch/train.py")
         if options.preempted and launch.rank == 0:

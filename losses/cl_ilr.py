@@ -11,7 +11,7 @@ from torch import Tensor
 
 from losses.capabilities import SharedTrunk
 from losses.contract import Method, MethodOptions, Progress, Signals, Terms
-from losses.functional import cross_entropy, mean_of_others, ramp_up, tempered_kl
+from losses.functional import mean_of_others, ramp_up, tempered_kl
 
 
 class CLILROptions(MethodOptions):
@@ -80,7 +80,7 @@ class CLILR(SharedTrunk, Method):
             teacher = teacher.detach() if options.teacher == "constant" else teacher
             return soft * tempered_kl(logits[k], teacher, options.temperature)
 
-        terms: Terms = {(k, "ce"): hard * cross_entropy(logits[k], targets) for k in residents}
+        terms: Terms = {(k, "ce"): hard * self.classify(logits[k], targets) for k in residents}
         if options.teacher == "attached":  # every peer is in every KL term
             terms[None, "kl"] = torch.stack([kl(k) for k in range(self.num_peers)]).sum()
         else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from losses.capabilities import AfterStep, LooksAtImages, MeetsAsJobs
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import cross_entropy, cross_term, fill, flat, tempered_log_softmax
+from losses.functional import cross_term, fill, flat, tempered_log_softmax
 
 
 class CodistillationOptions(MethodOptions):
@@ -108,7 +108,7 @@ class Codistillation(LooksAtImages, MeetsAsJobs, Method):
         terms: Terms = {}
         for k in residents:
             logits, q = signals[k]["logits"], signals[k].get("stale")
-            terms[k, "ce"] = cross_entropy(logits, targets)
+            terms[k, "ce"] = self.classify(logits, targets)
             terms[k, "kl"] = logits.new_zeros(())
             if q is not None:
                 own = torch.special.xlogy(q, q).sum(-1).mean()

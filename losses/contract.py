@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from losses.functional import cross_entropy
+
 Signals = Mapping[str, Tensor]
 """What one peer shows for one batch: name -> tensor, rows first. Of a peer that lives here `logits` [N, C] is always
 there; of another what is sent, and nothing where a method sends nothing."""
@@ -90,6 +92,8 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.options = options
         self.num_peers = len(peers)
+        self.classify: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+        """How logits are held against the targets, `train.loss` of a config: logits [N, C], targets -> scalar."""
 
     @classmethod
     def check(cls, options: Any, num_peers: int) -> None:
@@ -98,6 +102,12 @@ class Method(nn.Module, ABC):
         Raises:
             ValueError: with what was found and what the method needs.
         """
+
+    @classmethod
+    def needs_classes(cls, options: Any) -> bool:
+        """Whether it has to know of which one class an image is. Such a method is refused where images are mixed or
+        labels smoothed; all others take targets of either form."""
+        return False
 
     def head(self, peer: PeerInfo) -> nn.Module | None:
         """Builds what is attached to one peer and left behind at export: {`logits`, `features`, maps} -> further
@@ -113,6 +123,6 @@ class Method(nn.Module, ABC):
         Args:
             residents: the peers of this turn that live here; their signals are live.
             signals: those of all K peers, in order, for the same N rows, in float32.
-            targets: class indices [N].
+            targets: class indices [N], or probabilities [N, C] where labels are smoothed or images mixed.
             progress: of the run.
         """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from losses.capabilities import ActsAfterStep, AfterStep
 from losses.contract import Method, MethodOptions, Progress, Signals, Terms
-from losses.functional import cross_entropy, fill, flat
+from losses.functional import fill, flat
 
 
 class DCLOptions(MethodOptions):
@@ -72,7 +72,7 @@ class DCL(ActsAfterStep, Method):
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
-        return {(k, "ce"): cross_entropy(signals[k]["logits"], targets) for k in residents}
+        return {(k, "ce"): self.classify(signals[k]["logits"], targets) for k in residents}
 
     @torch.no_grad()
     def after_step(self, after: AfterStep) -> None:

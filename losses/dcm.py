@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from losses.capabilities import StageTaps
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import cross_entropy, cross_term, sum_of_others, tempered_log_softmax
+from losses.functional import cross_term, sum_of_others, tempered_log_softmax
 
 HEADS = ("ep1", "ep2", "logits")
 """The classifiers of a peer: after its last stage but two, after its last but one, and its own."""
@@ -71,9 +71,9 @@ class DCM(StageTaps, Method):
         for k in residents:
             mine = signals[k]
             log_p = torch.stack([tempered_log_softmax(mine[name], 1.0) for name in HEADS]).sum(0)
-            terms[k, "ce"] = cross_entropy(mine["logits"], targets)
-            terms[k, "ce_ep1"] = cross_entropy(mine["ep1"], targets)
-            terms[k, "ce_ep2"] = cross_entropy(mine["ep2"], targets)
+            terms[k, "ce"] = self.classify(mine["logits"], targets)
+            terms[k, "ce_ep1"] = self.classify(mine["ep1"], targets)
+            terms[k, "ce_ep2"] = self.classify(mine["ep2"], targets)
             constant = len(HEADS) * sum_of_others(negentropy, k)
             terms[k, "kl"] = constant - cross_term(sum_of_others(shown, k), log_p)
         return terms

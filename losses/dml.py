@@ -11,7 +11,7 @@ from torch import Tensor
 
 from losses.capabilities import Turns
 from losses.contract import Method, MethodOptions, Progress, Signals, Terms
-from losses.functional import cross_entropy, cross_term, mean_of_others, tempered_log_softmax
+from losses.functional import cross_term, mean_of_others, tempered_log_softmax
 
 
 class DMLOptions(MethodOptions):
@@ -75,6 +75,6 @@ class DML(Turns, Method):
                 own = torch.special.xlogy(q, q).sum(-1).mean()
             else:
                 own = mean_of_others(negentropy, k)
-            terms[k, "ce"] = cross_entropy(signals[k]["logits"], targets)
+            terms[k, "ce"] = self.classify(signals[k]["logits"], targets)
             terms[k, "kl"] = scale * (own - cross_term(q, log_p[k]))
         return terms

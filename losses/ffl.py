@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from losses.capabilities import OwnWeightDecay, SharedTrunk, StageTaps
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import cross_entropy, distillation, ramp_up
+from losses.functional import distillation, ramp_up
 
 
 class FFLOptions(MethodOptions):
@@ -117,10 +117,10 @@ class FFL(SharedTrunk, StageTaps, OwnWeightDecay, Method):
         mean = torch.stack([peer["logits"].detach().float() for peer in signals]).mean(0)
 
         terms: Terms = {
-            (None, "ce_fused"): cross_entropy(fused, targets),
+            (None, "ce_fused"): self.classify(fused, targets),
             (None, "kd_fused"): weight * distillation(fused, mean, t),
         }
         for k in residents:
-            terms[k, "ce"] = cross_entropy(signals[k]["logits"], targets)
+            terms[k, "ce"] = self.classify(signals[k]["logits"], targets)
             terms[k, "kd"] = weight * distillation(signals[k]["logits"], fused.detach(), t)
         return terms

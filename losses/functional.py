@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,36 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """CE(z, y), the mean over rows of -log softmax(z)[y]. logits [N, C], targets [N] -> scalar."""
+    """CE(z, y), the mean over rows of -sum_c y_c log softmax(z)_c. logits [N, C], targets [N] or [N, C] -> scalar."""
     return F.cross_entropy(logits.float(), targets)
+
+
+def binary_cross_entropy(
+    logits: Tensor, targets: Tensor, *, threshold: float | None = None, sum_classes: bool = False
+) -> Tensor:
+    """The mean over rows and classes of -t log s(z) - (1 - t) log(1 - s(z)), s the logistic function: timm's
+    BinaryCrossEntropy. logits [N, C], targets [N] or [N, C] -> scalar.
+
+    Args:
+        threshold: where targets are probabilities, those above it become 1 and the others 0; None: t = y.
+        sum_classes: the sum over classes in the place of their mean.
+    """
+    wanted = targets
+    if not targets.is_floating_point():
+        wanted = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, targets[:, None], 1.0)
+    if threshold is not None:
+        wanted = (wanted > threshold).to(wanted.dtype)
+    terms = F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none")
+    return terms.sum(-1).mean() if sum_classes else terms.mean()
+
+
+def classifier(
+    loss: str, *, threshold: float | None = None, sum_classes: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What `train.loss` names, with its options; see `binary_cross_entropy`."""
+    if loss == "cross_entropy":
+        return cross_entropy
+    return partial(binary_cross_entropy, threshold=threshold, sum_classes=sum_classes)
 
 
 def tempered_log_softmax(logits: Tensor, temperature: float) -> Tensor:

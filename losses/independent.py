@@ -8,7 +8,6 @@ from typing import Literal
 from torch import Tensor
 
 from losses.contract import Method, MethodOptions, Progress, Signals, Terms
-from losses.functional import cross_entropy
 
 
 class IndependentOptions(MethodOptions):
@@ -27,4 +26,4 @@ class Independent(Method):
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
-        return {(k, "ce"): cross_entropy(signals[k]["logits"], targets) for k in residents}
+        return {(k, "ce"): self.classify(signals[k]["logits"], targets) for k in residents}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from losses.capabilities import HeldOutSurveys
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import cross_entropy, distillation
+from losses.functional import distillation
 
 
 class KDCLOptions(MethodOptions):
@@ -66,6 +66,10 @@ class KDCL(HeldOutSurveys, Method):
         if num_peers < 2:
             raise ValueError("kdcl needs at least 2 peers to teach each other, found 1")
 
+    @classmethod
+    def needs_classes(cls, options: KDCLOptions) -> bool:
+        return options.ensemble == "minlogit"  # whose margins are those to the class
+
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
@@ -75,7 +79,7 @@ class KDCL(HeldOutSurveys, Method):
         terms: Terms = {}
         for k in residents:
             z = signals[k]["logits"]
-            terms[k, "ce"] = options.ce_weight * cross_entropy(z, targets)
+            terms[k, "ce"] = options.ce_weight * self.classify(z, targets)
             terms[k, "kd"] = options.weight * distillation(z, teacher, options.temperature)
         return terms
 
@@ -109,7 +113,10 @@ class KDCL(HeldOutSurveys, Method):
 
 
 def _margins(logits: Tensor, targets: Tensor) -> Tensor:
-    """z[j] - z[c] of each row, c its class. logits [K, N, C], targets [N] -> [K, N, C]."""
+    """z[j] - z[c] of each row, c its class; z[j] - <y, z> where targets are probabilities y. logits [K, N, C], targets
+    [N] or [N, C] -> [K, N, C]."""
+    if targets.is_floating_point():
+        return logits - (logits * targets).sum(-1, keepdim=True)
     return logits - logits.gather(2, targets[:, None].expand(len(logits), -1, 1))
 
 
@@ -125,7 +132,7 @@ def best_mixture(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: z_i of the K peers, [K, N, C].
-        targets: y [N].
+        targets: y [N] or [N, C].
 
     Returns:
         a, float64 [K, N].

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from losses.capabilities import OuterProblem, OuterStep, StageTaps, Unsynchronised
 from losses.contract import PeerInfo, Progress, Signals, Terms
 from losses.contrast import ContrastiveOptions, Pair, totals
-from losses.functional import cross_entropy, distillation
+from losses.functional import distillation
 from losses.mcl import Contrastive
 
 Parameters = dict[int, dict[str, Tensor]]
@@ -121,7 +121,7 @@ class LMCL(OuterProblem, StageTaps, Unsynchronised, Contrastive):
         for i in residents:
             last = signals[i]["exits"][:, -1]
             terms[i, "ce"] = self._classify(signals[i], targets)
-            terms[i, "ce_aggregate"] = cross_entropy(signals[i]["aggregate"], targets)
+            terms[i, "ce_aggregate"] = self.classify(signals[i]["aggregate"], targets)
             terms[i, "kd"] = torch.stack([distillation(last, a, self.options.temperature) for a in aggregates]).sum()
         with torch.no_grad():
             weights = self.weights(residents, signals)
@@ -129,7 +129,7 @@ class LMCL(OuterProblem, StageTaps, Unsynchronised, Contrastive):
 
     def _classify(self, own: Signals, targets: Tensor) -> Tensor:
         """sum_s CE(z_s, y)."""
-        return torch.stack([cross_entropy(z, targets) for z in own["exits"].unbind(1)]).sum()
+        return torch.stack([self.classify(z, targets) for z in own["exits"].unbind(1)]).sum()
 
     def weights(self, residents: Sequence[int], signals: Sequence[Signals]) -> dict[Pair, Tensor]:
         """w [S_i, S_j, N] of each resident i and each other peer j."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from losses.capabilities import ActsAfterStep, AfterStep, AllRows, MakeTable, SharedTrunk, Tables
 from losses.contract import Method, PeerInfo, Progress, Signals, Terms
 from losses.contrast import ContrastiveOptions, Pair, PairRows, rows_in_batch, rows_in_memory, totals
-from losses.functional import cross_entropy, distillation
+from losses.functional import distillation
 from losses.memory import Memory
 
 
@@ -46,6 +46,10 @@ class Contrastive(AllRows, Tables, ActsAfterStep, Method):
         # Banks are constant, so that peers matter to each other as teachers only.
         self.exchange = "detached" if options.negatives == "memory" else "differentiable"
         self.everywhere = () if options.negatives == "batch" else ("embeddings",)
+
+    @classmethod
+    def needs_classes(cls, options: ContrastiveOptions) -> bool:
+        return True
 
     @classmethod
     def check(cls, options: ContrastiveOptions, num_peers: int) -> None:
@@ -128,7 +132,7 @@ class MCL(SharedTrunk, Contrastive):
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
         rows = self.rows(residents, signals, targets, progress)
-        terms: Terms = {(k, "ce"): cross_entropy(signals[k]["logits"], targets) for k in residents}
+        terms: Terms = {(k, "ce"): self.classify(signals[k]["logits"], targets) for k in residents}
         terms |= totals(rows, {}, self.options, vcl_counts=1 / (self.num_peers - 1))
         students = {"none": [], "all": residents, "last": [self.num_peers - 1]}[self.options.logit_distill]
         if students:

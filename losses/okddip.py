@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from losses.capabilities import SharedTrunk
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import cross_entropy, ramp_up, tempered_log_softmax
+from losses.functional import ramp_up, tempered_log_softmax
 
 
 class OKDDipOptions(MethodOptions):
@@ -97,7 +97,7 @@ class OKDDip(SharedTrunk, Method):
             log_p = tempered_log_softmax(student, t)
             return weight * t**2 * F.kl_div(log_p, log_teacher, reduction="batchmean", log_target=True)
 
-        terms: Terms = {(k, "ce"): cross_entropy(signals[k]["logits"], targets) for k in residents}
+        terms: Terms = {(k, "ce"): self.classify(signals[k]["logits"], targets) for k in residents}
         terms[None, "kd"] = kd(logits, log_x)
         terms[None, "kd_leader"] = kd(leader, log_mean)
         return terms

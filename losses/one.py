@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from losses.capabilities import SharedTrunk
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import cross_entropy, distillation, ramp_up
+from losses.functional import distillation, ramp_up
 
 
 class ONEOptions(MethodOptions):
@@ -86,8 +86,8 @@ class ONE(SharedTrunk, Method):
         gate = self.gate(signals[residents[0]]["trunk"])
         ensemble = torch.einsum("nk,nkc->nc", gate, torch.stack([peer["logits"].float() for peer in signals], 1))
 
-        terms: Terms = {(None, "ce_ensemble"): cross_entropy(ensemble, targets)}
+        terms: Terms = {(None, "ce_ensemble"): self.classify(ensemble, targets)}
         for k in residents:
-            terms[k, "ce"] = cross_entropy(signals[k]["logits"], targets)
+            terms[k, "ce"] = self.classify(signals[k]["logits"], targets)
             terms[k, "kd"] = weight * distillation(signals[k]["logits"], ensemble.detach(), options.temperature)
         return terms

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from losses.capabilities import SharedTrunk, Teachers
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import cross_entropy, distillation, ramp_up
+from losses.functional import distillation, ramp_up
 
 
 class PCLOptions(MethodOptions):
@@ -88,11 +88,11 @@ class PCL(Teachers, SharedTrunk, Method):
         ensemble = self.ensemble(torch.cat([peer["features"] for peer in signals], dim=1))
         constant = ensemble.detach()
 
-        terms: Terms = {(None, "ce_ensemble"): cross_entropy(ensemble, targets)}
+        terms: Terms = {(None, "ce_ensemble"): self.classify(ensemble, targets)}
         for j in residents:
             z = signals[j]["logits"]
             taught = [distillation(z, peer["teacher"].detach(), t) for k, peer in enumerate(signals) if k != j]
-            terms[j, "ce"] = cross_entropy(z, targets)
+            terms[j, "ce"] = self.classify(z, targets)
             terms[j, "kd_ensemble"] = weight * distillation(z, constant, t)
             terms[j, "kd_teachers"] = weight / others * torch.stack(taught).sum()
         return terms

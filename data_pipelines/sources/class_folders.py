@@ -17,6 +17,7 @@ _GET = (
     "image_folder wants ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG; ImageNet (ILSVRC2012) comes from "
     "https://image-net.org/download-images"
 )
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # by what is in a file, whatever its name says
 FETCH = "Fetch the file again, or take it out"
 
 
@@ -91,7 +92,7 @@ class Files:
             with open(path, "rb") as file:
                 encoded = file.read()
             if not self._sizes[index, 0]:
-                with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as header:
+                with Image.open(io.BytesIO(encoded), formats=_FORMATS) as header:
                     self._sizes[index] = header.height, header.width
         except OSError as error:
             raise DataError(

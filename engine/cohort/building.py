@@ -28,6 +28,7 @@ from engine.config import RunConfig
 from engine.ranks.placement import Placement
 from losses import METHODS, Method
 from losses.capabilities import OuterProblem, OwnWeightDecay, SharedTrunk, Teachers, Unsynchronised, turns_of
+from losses.functional import classifier
 from models.stages import Joined, Taps, cut
 from models.weightless import weightless
 
@@ -78,6 +79,8 @@ class Builder:
         """The method, with the modules that all peers share. Raises: ValueError, where it excludes itself."""
         with self._streams.initial_method():
             method = METHODS[self._config.method.name](self._config.method, [outline.info for outline in outlines])
+        train = self._config.train
+        method.classify = classifier(train.loss, threshold=train.bce_threshold, sum_classes=train.bce_sum)
         turns = turns_of(type(method), self._config.method, len(outlines))
         whole_at_once = len(turns) == 1 and method.exchange != "differentiable"
         if not whole_at_once and any(p.requires_grad for p in method.parameters()):

@@ -27,6 +27,9 @@ NUMBERS_DO_NOT_DEPEND_ON = {
 }
 """What may change between two starts of a run; null stands for a whole section."""
 
+_LATER_KEYS_OF_TRAIN = {"loss": "cross_entropy", "bce_threshold": None, "bce_sum": False}
+"""Keys that earlier versions did not write, and what they did."""
+
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """The keys that make two configs the same run, as plain data."""
@@ -79,6 +82,7 @@ def read_identity(text: str) -> dict[str, Any]:
         ValueError, KeyError, TypeError: it is something else.
     """
     raw = json.loads(text)
+    raw["train"] = {**_LATER_KEYS_OF_TRAIN, **raw["train"]}
     return {**raw, "data": with_moved_keys(raw["data"])}
 
 

@@ -27,6 +27,7 @@ from engine.config.sections import (
     Section,
     TrainConfig,
 )
+from engine.config.targets import check_targets
 from losses import METHODS
 from losses.capabilities import (
     ActsAfterStep,
@@ -129,6 +130,7 @@ class RunConfig(Section):
             method.check(self.method, len(names))
         except ValueError as error:
             raise ValueError(f"method.name = {self.method.name}: {error}") from None
+        check_targets(self)
         if self.placement.kind == "jobs" and not issubclass(method, MeetsAsJobs):
             able = [name for name, other in METHODS.items() if issubclass(other, MeetsAsJobs)]
             raise ValueError(

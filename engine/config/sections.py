@@ -100,6 +100,16 @@ class TrainConfig(Section):
         "are soon forgotten; false: the same from the start",
     )
     sync_bn: bool = Field(False, description="BatchNorm statistics over the replica group instead of one rank's rows")
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = Field(
+        "cross_entropy", description="how a peer's logits are held against the targets"
+    )
+    bce_threshold: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="binary_cross_entropy: targets above it count as 1, others as 0; null: neither",
+    )
+    bce_sum: bool = Field(False, description="binary_cross_entropy: the sum over classes, not their mean")
     max_skipped: int = Field(20, ge=1, description="non-finite updates in a row that end the run")
     timeout: float = Field(
         300.0,

@@ -129,7 +129,8 @@ def plan(config: RunConfig, world: int, rank: int) -> Placement:
     parts = placement.replicas * config.train.accumulation * config.data.tuple_size
     batch = config.data.global_batch
     if batch % parts:
-        whole = f" in whole tuples of {config.data.tuple_size} images of a class" if config.data.tuple_size > 1 else ""
+        kin = "that are mixed" if config.data.augmentation.mixing.on else "of a class"
+        whole = f" in whole tuples of {config.data.tuple_size} images {kin}" if config.data.tuple_size > 1 else ""
         raise ConfigError(
             f"data.global_batch = {batch}: cannot be split evenly over {placement.replicas} replicas x "
             f"{config.train.accumulation} micro-batches{whole}; nearest: {_nearest_multiples(batch, parts)}"

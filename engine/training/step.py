@@ -116,14 +116,20 @@ def settle(cohort: Cohort, rows: int, progress: Progress) -> None:
     placement = cohort.placement
     if placement.replicas == 1 and (placement.world == 1 or cohort.shared_optimizer is None):
         return
-    side, device = cohort.image_size, cohort.device
-    images = torch.zeros(rows, cohort.channels, side, side, device=device).contiguous(memory_format=torch.channels_last)
-    nothing = torch.zeros(rows, dtype=torch.int64, device=device)
-    batch = Batch((images,) * len(cohort.views), nothing, nothing)
     cohort.begin_step(progress.step)
-    for _ in _gradients(cohort, batch, progress, 0, 1, Clock(device)):
+    for _ in _gradients(cohort, blank(cohort, rows), progress, 0, 1, Clock(cohort.device)):
         pass
-    cohort.restore_buffers(torch.ones(1, device=device))
+    cohort.restore_buffers(torch.ones(1, device=cohort.device))
+
+
+def blank(cohort: Cohort, rows: int) -> Batch:
+    """A batch of black images, of the shapes and types that training has."""
+    side, device = cohort.image_size, cohort.device
+    ids = torch.zeros(rows, dtype=torch.int64, device=device)
+    soft = cohort.config.data.augmentation.soft_targets
+    targets = torch.zeros(rows, cohort.num_classes, device=device) if soft else ids
+    views = [torch.zeros(rows, cohort.channels, side, side, device=device) for _ in cohort.views]
+    return Batch(tuple(view.contiguous(memory_format=torch.channels_last) for view in views), targets, ids)
 
 
 def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> tuple[Tensor, dict[int, Tensor]]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from data_pipelines.augmentation.sections import ColorJitterConfig, ErasingConfig, MixingConfig, PolicyConfig
 from data_pipelines.config import (
     MOVED,
     AugmentationConfig,
@@ -99,7 +100,48 @@ _FOLDER = {"dataset": "image_folder", "root": "/data", "global_batch": 8}
             "nearest: 9",
         ),
         (_SUBSET | {"sampler": "class"}, "sampler: Input should be 'shuffle', 'class_balanced' or 'class_tuples'"),
-        (_FOLDER | {"decoding": {"decoder": "gpu"}}, "decoding: decoder: Input should be 'auto', 'cpu' or 'mixed'"),
+        (
+            _FOLDER | {"decoding": {"decoder": "gpu"}},
+            "decoding: decoder: Input should be 'auto', 'cpu', 'mixed' or 'torchvision'",
+        ),
+        (
+            _SUBSET | {"augmentation": {"mixing": {"cutmix_alpha": 1.0}}, "global_batch": 7},
+            "Value error, global_batch: expected a multiple of 2 where images are mixed, found 7; nearest: 6 or 8",
+        ),
+        (
+            _SUBSET | {"augmentation": {"mixing": {"mixup_alpha": 0.2}}, "sampler": "class_tuples", "global_batch": 6},
+            "Value error, global_batch: expected a multiple of twice images_per_class = 2 for sampler class_tuples "
+            "where images are mixed, found 6; nearest: 4 or 8",
+        ),
+        (
+            _SUBSET | {"repeats": 3},
+            "Value error, repeats: expected a divisor of global_batch = 8, found 3",
+        ),
+        (
+            _SUBSET | {"repeats": 8, "augmentation": {"mixing": {"mixup_alpha": 0.2}}},
+            "Value error, repeats: 8 of one image in a batch leave nothing to mix it with",
+        ),
+        (
+            _FOLDER | {"repeats": 2, "sampler": "class_tuples"},
+            "Value error, repeats: 2 has no meaning for sampler class_tuples; it belongs to shuffle",
+        ),
+        (
+            _FOLDER | {"image": {"training_sizes": [[3, 128], [1, 224]]}},
+            "Value error, image.training_sizes: expected [epoch, size] pairs, epochs ascending from 0 and sizes of at "
+            "least 1, found [[3, 128], [1, 224]]",
+        ),
+        (
+            _FOLDER | {"image": {"size": 6}, "augmentation": {"gaussian_blur_prob": 0.5}},
+            "Value error, augmentation: a blur needs images of more than 6 pixels, found 6",
+        ),
+        (
+            _SUBSET | {"augmentation": {"policy": {"name": "rand_augment", "magnitude": 31.0}}},
+            "augmentation: policy: Value error, magnitude: expected one of the bins 0 to 30 for rand_augment, found 31",
+        ),
+        (
+            _SUBSET | {"augmentation": {"erasing": {"ratio": [2.0, 1.0]}}},
+            "augmentation: erasing: Value error, ratio: expected 0 < least <= greatest, found [2.0, 1.0]",
+        ),
     ],
 )
 def test_refused(values: dict[str, Any], message: str) -> None:
@@ -134,11 +176,35 @@ def test_what_is_written_says_nothing_without_meaning() -> None:
     assert written["decoding"] == {"decoder": "auto", "threads": 4}
 
 
+_SECTIONS = {
+    "policy": PolicyConfig,
+    "color_jitter": ColorJitterConfig,
+    "erasing": ErasingConfig,
+    "mixing": MixingConfig,
+}
+
+
 def test_every_field_is_described() -> None:
-    for section in (AugmentationConfig, DecodingConfig, ImageConfig):
-        assert all(field.description for field in section.model_fields.values())
+    for section in (AugmentationConfig, DecodingConfig, ImageConfig, *_SECTIONS.values()):
+        assert all(field.description for name, field in section.model_fields.items() if name not in _SECTIONS)
     sections = {"augmentation", "decoding", "image"}
     assert all(field.description for name, field in DataConfig.model_fields.items() if name not in sections)
+
+
+def test_what_does_nothing_is_not_written() -> None:
+    """A run of a version that had no such keys is still the same run."""
+    config = DataConfig(**_FOLDER, repeats=1, image={"training_sizes": []}, augmentation={"label_smoothing": 0.0})
+    assert config.model_dump(mode="json") == DataConfig(**_FOLDER).model_dump(mode="json")
+    used = DataConfig(
+        **_FOLDER,
+        repeats=2,
+        image={"training_sizes": [[0, 128], [5, 224]]},
+        augmentation={"label_smoothing": 0.1, "policy": {"name": "rand_augment"}, "off_epoch": 7},
+    )
+    written = used.model_dump(mode="json")
+    assert set(written["augmentation"]) == {"policy", "off_epoch", "label_smoothing", "crop_area", "crop_ratio"}
+    assert DataConfig(**written) == used
+    assert [used.training_side(epoch) for epoch in (0, 4, 5, 9)] == [128, 128, 224, 224]
 
 
 # --- keys that stood elsewhere ---

@@ -57,8 +57,8 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "unknown_section_like_none": ("foo=3", f"foo = 3: unknown key; a config has: {SECTIONS}"),
     "misspelt_key": (
         "train.epoch=3",
-        "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, clip_norm, ema_decay, "
-        "ema_warmup, epochs, max_skipped, sync_bn, timeout",
+        "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, bce_sum, bce_threshold, "
+        "clip_norm, ema_decay, ema_warmup, epochs, loss, max_skipped, sync_bn, timeout",
     ),
     "misspelt_key_of_a_peer": (
         "peers.0.netwrk=x",
@@ -258,12 +258,13 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "misspelt_data_key": (
         "data.paddng=3",
         "data.paddng = 3: unknown key; did you mean 'augmentation.padding'?; data has: augmentation, dataset, "
-        "decoding, global_batch, held_out, image, images_per_class, mean, root, sampler, std, views",
+        "decoding, global_batch, held_out, image, images_per_class, mean, repeats, root, sampler, std, views",
     ),
     "misspelt_key_of_a_section_in_a_section": (
         "data.augmentation.paddng=3",
-        "data.augmentation.paddng = 3: unknown key; did you mean 'padding'?; data.augmentation has: crop_area, "
-        "crop_ratio, flip, padding, padding_mode",
+        "data.augmentation.paddng = 3: unknown key; did you mean 'padding'?; data.augmentation has: "
+        "color_jitter, crop_area, crop_ratio, cutout, erasing, flip, gaussian_blur_prob, grayscale_prob, "
+        "label_smoothing, mixing, off_epoch, padding, padding_mode, policy, solarize_prob",
     ),
     "moved_key": ("data.padding=3", "data.padding = 3: moved; write data.augmentation.padding"),
     "moved_keys": (

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from data_pipelines import DataConfig, open_pipeline
-from data_pipelines.contract import DataError, Pipeline
-from data_pipelines.decoding.dali import require_dali
+from data_pipelines.contract import Pipeline
+from data_pipelines.decoding.choice import INSTALL_DALI, dali_installed
 from engine.training.meter import Meter
 from engine.training.step import train_step
 from engine.training.timing import Clock
@@ -51,10 +51,8 @@ def saving(bench: Bench) -> None:
 
 def decoding(bench: Bench) -> None:
     """Images a second that DALI decodes, and how long a ResNet-50 waits for them."""
-    try:
-        require_dali()
-    except DataError as error:
-        bench.row("not run", note=str(error))
+    if not dali_installed():
+        bench.row("not run", note=f"DALI is not installed: {INSTALL_DALI}")
         return
     files, batch, size = (48, 8, 64) if bench.quick else (2000, 128, 224)
     with tempfile.TemporaryDirectory() as folder:
