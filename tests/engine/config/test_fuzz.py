@@ -119,7 +119,7 @@ def load_text(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("read", "count"), [(load_text, 500), (load_and_dump, 200), pytest.param(load_text, 6000, marks=pytest.mark.slow)]
+    ("read", "count"), [(load_text, 500), (load_and_dump, 500), pytest.param(load_text, 6000, marks=pytest.mark.slow)]
 )
 def test_configs(tmp_path: Path, read: Callable[[Path], Any], count: int) -> None:
     paths = [ROOT / "configs/fashion_mnist/quickstart_dml.yaml", ROOT / "configs/cifar10/dml_resnet32.yaml"]
