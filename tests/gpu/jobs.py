@@ -120,11 +120,22 @@ def evaluate_on(config: RunConfig, device: str) -> dict[str, Any]:
     return found
 
 
-def evaluation(tiny: Path, folder: Path, device: str) -> dict[str, Any]:
+AUGMENTED: dict[str, Any] = {
+    "augmentation": {
+        "policy": {"name": "trivial_augment"},
+        "cutout": 8,
+        "erasing": {"prob": 0.5, "mode": "pixel"},
+        "mixing": {"mixup_alpha": 0.2, "cutmix_alpha": 1.0},
+        "label_smoothing": 0.1,
+    }
+}
+"""Much at once, and targets that are probabilities."""
+
+
+def evaluation(sections: dict[str, Any], tiny: Path, folder: Path, device: str) -> dict[str, Any]:
     """See `evaluate_on`."""
-    return run_ranks(
-        1, evaluate_on, small_run(tiny, folder, precision={"tf32": False}, evaluation={"batch": 10}), device
-    )[0]
+    config = small_run(tiny, folder, precision={"tf32": False}, evaluation={"batch": 10}, **sections)
+    return run_ranks(1, evaluate_on, config, device)[0]
 
 
 def saving(tiny: Path, folder: Path, device: str) -> dict[str, Any]:
@@ -156,9 +167,9 @@ def pipeline_steps(config: RunConfig, device: str) -> list[float]:
         return [loss.item() for loss in losses]
 
 
-def through_the_pipeline(amp: str, tiny: Path, folder: Path, device: str) -> list[float]:
+def through_the_pipeline(amp: str, tiny: Path, folder: Path, device: str, **sections: Any) -> list[float]:
     """See `pipeline_steps`."""
-    config = small_run(tiny, folder, precision={"amp": amp}, train={"epochs": 8})
+    config = small_run(tiny, folder, precision={"amp": amp}, train={"epochs": 8}, **sections)
     return run_ranks(1, pipeline_steps, config, device)[0]
 
 
@@ -262,7 +273,9 @@ JOBS: dict[str, Job] = {
     **{f"synchronised {name}": partial(synchronised, name) for name in SYNCHRONISED},
     **{f"twins {name}": partial(exact_losses, name) for name in ("mcl_batch", "mcl_global")},
     "saving": saving,
-    "evaluation": evaluation,
+    "pipeline, augmented": partial(through_the_pipeline, "bf16", data=AUGMENTED),
+    "evaluation": partial(evaluation, {}),
+    "evaluation, augmented": partial(evaluation, {"data": AUGMENTED}),
     "decoders": decoders,
 }
 """The longest first. Each is given the folder of the small data set, one of its own, and the device."""

@@ -45,7 +45,7 @@ def test_a_checkpoint_written_beside_training_is_of_the_moment_of_its_save(job: 
     assert_close(found["saved"], found["then"], 0.0)
 
 
-@pytest.mark.parametrize("job", ["evaluation"])
+@pytest.mark.parametrize("job", ["evaluation", "evaluation, augmented"])
 def test_evaluation_counts_every_image_and_names_the_classes_that_the_cpu_names(job: str, done: Done) -> None:
     found = done(job)
     here, cpu = found["device"], found["cpu"]
@@ -54,7 +54,9 @@ def test_evaluation_counts_every_image_and_names_the_classes_that_the_cpu_names(
         exact = name.endswith(("top1", "top5", "disagreement"))
         assert here[name] == pytest.approx(expected, rel=1e-6 if exact else 1e-3, abs=1e-4), name
     for mine, theirs in zip(found["batch, device"], found["batch, cpu"], strict=True):
-        assert (mine - theirs).abs().max() <= 1e-5
+        # Where a pixel's value lies between two numbers, devices may round it to either.
+        off = ((mine - theirs).abs() > 1e-5).float().mean()
+        assert off <= (0.01 if "augmented" in job and mine.ndim == 4 else 0.0), f"{100 * off:.2f} % of numbers differ"
 
 
 @pytest.mark.parametrize("job", ["decoders"])
@@ -80,7 +82,7 @@ def test_compiled_networks_give_the_terms_of_eager_ones(job: str, done: Done) ->
     assert_terms_close(found["compiled"], found["eager"], 1e-2)
 
 
-@pytest.mark.parametrize("job", [f"pipeline {amp}" for amp in ("float32", "bf16", "fp16")])
+@pytest.mark.parametrize("job", ["pipeline, augmented", *(f"pipeline {amp}" for amp in ("float32", "bf16", "fp16"))])
 def test_training_on_resident_images_never_waits_and_learns(job: str, done: Done) -> None:
     losses = done(job)
     assert sum(losses[-5:]) < sum(losses[:5])
