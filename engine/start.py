@@ -20,7 +20,7 @@ from data_pipelines import DataError, Pipeline, open_pipeline
 from engine.config import ConfigError, RunConfig
 from engine.files import move_aside
 from engine.ranks.collectives import Launch
-from engine.ranks.owner import Owner, holds, take
+from engine.ranks.owner import FolderLostError, Owner, holds, take
 from engine.ranks.roll_call import roll_call
 
 PATIENCE = 10.0
@@ -37,9 +37,14 @@ class Claim:
     """On all ranks; another one for each start."""
 
     def check(self) -> None:
-        """On rank 0, before something is written. Raises: FolderLostError; OSError, where it cannot be known."""
+        """On rank 0, before something is written. Raises: FolderLostError."""
         for owner in self.owners:
-            owner.check()
+            try:
+                owner.check()
+            except FolderLostError:
+                raise
+            except OSError:  # A file server that is away: then what comes next cannot be written either, and is said.
+                continue
 
 
 @contextlib.contextmanager
@@ -93,7 +98,9 @@ def _take(config: RunConfig, owners: list[Owner], fresh: bool, stop: Callable[[]
     if meeting is not None and peer is not None:
         place = meeting.expanduser() / "owners" / peer
         try:
-            owners.append(take(place, f"placement.meeting = {str(meeting)!r}, placement.peer = {peer}", stop, say))
+            owner = take(place, f"placement.meeting = {str(meeting)!r}, placement.peer = {peer}", stop, say)
+            owner.may_vanish = True
+            owners.append(owner)
         except OSError as error:  # A peer that can show nothing takes nobody's place.
             say(f"{place}: not taken: {error.strerror or error}; training goes on")
 

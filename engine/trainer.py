@@ -25,14 +25,14 @@ from engine.ranks.place import Place
 from engine.ranks.placement import Placement
 from engine.reporting.lines import Stretch, report_end, report_scores, report_training
 from engine.reporting.tracking import Tracker, follow, last_evaluation
-from engine.safety import going_on, loading, rollback
+from engine.safety import going_on, loading, rollback, saving
 from engine.safety.answers import Told, answer, tell_collapses
 from engine.safety.checkpoint import Best, Standing
 from engine.safety.going_on import Standpoint
 from engine.safety.health import LINES_SHOW, SCORES_SHOW, collapsed, examine
 from engine.safety.preemption import Preemption
 from engine.safety.rollback import GoBack
-from engine.safety.saving import Saver
+from engine.safety.saving import NotSavedError, Saver
 from engine.safety.spikes import LossWatch
 from engine.start import Claim, claim, open_together
 from engine.training.consistency import check_same_rows, check_same_weights
@@ -45,14 +45,22 @@ from engine.training.timing import Clock
 from losses import Progress
 
 
-def train(config: RunConfig, launch: Launch, *, fresh: bool = False, preempted: Path | None = None) -> bool:
+def train(
+    config: RunConfig,
+    launch: Launch,
+    *,
+    fresh: bool = False,
+    preempted: Path | None = None,
+    ends_process: bool = False,
+) -> bool:
     """Trains the cohort to the end of its last epoch, going on from the newest whole checkpoint if there is one.
 
-    SIGUSR1, SIGTERM or SIGINT to any rank ends all of them early, with a checkpoint of the step that they are at.
+    SIGUSR1, SIGTERM, SIGHUP or SIGINT to any rank ends all of them early, with a checkpoint of the step they are at.
 
     Args:
         fresh: start over; a folder of an earlier run is moved aside.
         preempted: where the name of the signal is written if one ended the run early.
+        ends_process: see `Preemption.listening`.
 
     Returns:
         Whether the run is complete.
@@ -61,6 +69,7 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False, preempted: 
         ConfigError: before anything is started.
         CheckpointError: on all ranks, where one of them cannot use the checkpoint.
         TrainingDivergedError: on all ranks at the same step.
+        NotSavedError: on all ranks, at the very end.
         RankLostError: a rank failed, or did not answer for `train.timeout` seconds.
     """
     placement = check_run(config, launch, fresh=fresh)
@@ -70,7 +79,7 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False, preempted: 
         record_flights(config.folder / "flights")
     preemption = Preemption(device)
     with (
-        preemption.listening(),
+        preemption.listening(ends_process=ends_process),
         process_group(launch, device),
         claim(config, launch, fresh=fresh, stop=preemption.was_asked) as held,
     ):
@@ -80,10 +89,15 @@ def train(config: RunConfig, launch: Launch, *, fresh: bool = False, preempted: 
         try:
             while (run := _train_until_rollback(config, launch, placement, device, pipeline, preemption, held)) is None:
                 gc.collect()  # The networks of before have cycles, and those that are built next need the memory.
-            if run.stopped_by and preempted and launch.rank == 0:
+            if run.saved and run.stopped_by and preempted and launch.rank == 0:
                 write_text(preempted, f"{run.stopped_by.name}\n")
         finally:
             pipeline.close()
+    if not run.saved:
+        raise NotSavedError(
+            f"{config.folder}: step {run.step}, the last, could not be saved; what was trained since the checkpoint "
+            "before is lost: see to the disk and start the same command again"
+        )
     return run.stopped_by is None
 
 
@@ -138,6 +152,8 @@ class _Run:
         self._preemption = preemption
         self.stopped_by: signal.Signals | None = None
         """The signal that ends the run before its end."""
+        self.saved = True
+        """Whether nothing of what was trained is lost at the end."""
         found = going_on.find(config, pipeline, placement.rank)
         self.steps_per_epoch = pipeline.steps_per_epoch
         self.steps = config.train.epochs * self.steps_per_epoch
@@ -253,16 +269,30 @@ class _Run:
                 self.steps_per_epoch,
                 self.pipeline.contents,
             )
-            # A checkpoint after lines that are not on disk would make their loss final.
-            hindrance = self.tracker.catch_up() if self.tracker else None
-            self.saver.save(standing, self.config.checkpoint.keep, hindrance)
+            self._save(standing, last=now.ends_run or self.stopped_by is not None)
         if self.stopped_by:
-            saved, seconds = keeps and self.saver.wait(), self._preemption.seconds(self.device)
+            seconds = self._preemption.seconds(self.device)
             if self.tracker:
-                report_end(self.tracker, self.step, self.stopped_by, saved, seconds)
+                report_end(self.tracker, self.step, self.stopped_by, keeps and self.saved, seconds)
         self._aside = ""
         self.clock.restart()
         self._last_line = (time.perf_counter(), self.step)
+
+    def _save(self, standing: Standing, *, last: bool) -> None:
+        """Has a checkpoint written; the last one is waited for, and tried again."""
+        for pause in (0.0, *saving.AGAIN):
+            time.sleep(pause)
+            # A checkpoint after lines that are not on disk would make their loss final.
+            hindrance = self.tracker.catch_up() if self.tracker else None
+            self.saver.save(standing, self.config.checkpoint.keep, hindrance, last=last)
+            if not last:
+                return
+            written = [self.saver.wait()]
+            dist.broadcast_object_list(written, src=0)
+            self.saved = written[0]
+            if self.saved:
+                return
+            self._held.check()
 
     def _line(self) -> None:
         """Reads the meter, for a line of metrics and for the answer to what went wrong since the line before."""

@@ -19,6 +19,7 @@ from engine.config import ConfigError, RunConfig
 from engine.ranks.collectives import Launch
 from engine.safety.answers import TrainingDivergedError
 from engine.safety.checkpoint import CheckpointError
+from engine.safety.saving import NotSavedError
 from models import WeightsError
 
 
@@ -31,6 +32,9 @@ def user_errors(launch: Launch) -> Iterator[None]:
     except (ConfigError, DataError, CheckpointError, WeightsError, TrainingDivergedError, FileNotFoundError) as error:
         _say(launch, str(error))
         sys.exit(2)
+    except NotSavedError as error:
+        _say(launch, str(error))
+        sys.exit(3)
     except OSError as error:
         _say(launch, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
         sys.exit(1)
@@ -65,6 +69,11 @@ def require_torchrun(command: str) -> None:
     """
     if "RANK" in os.environ:
         return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']} without RANK: expected both, as torchrun sets them, or neither: "
+            f"torchrun --nproc-per-node=GPUS {command} ..., or env -u WORLD_SIZE python {command} ..."
+        )
     for task, size in _TASKS:
         tasks = os.environ.get(size, "")
         if task in os.environ and tasks.isdecimal():

@@ -12,7 +12,10 @@ A run that was killed goes on from its newest whole checkpoint when it is starte
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,12 +32,13 @@ from launch.entry import parser, require_torchrun, user_errors
 
 EPILOG = """\
 Every key, with what it means:  launch/train.py --keys
-SIGUSR1, SIGTERM or Ctrl-C, to any process of the run, saves the step that it is at and ends the run with 0; the same
-command goes on from there. A script tells that from the end of the run by --preempted FILE.
+SIGUSR1, SIGTERM, SIGHUP (a terminal that closes) or Ctrl-C, to any rank, saves the step that it is at and ends the run
+with 0; the same command goes on from there. torchrun passes SIGTERM, SIGHUP and Ctrl-C on; SIGUSR1 to torchrun itself
+ends it, and all ranks unsaved. A script tells that from the end of the run by --preempted FILE.
 
 Exit codes: 0 trained to the end, or saved and ended by a signal; 1 failed; 2 a mistake in the config, the data or the
-command line; 130 ended at once by a second Ctrl-C. torchrun makes 1 of all but 0, and ends with 1 as well if it got
-the signal itself.
+command line; 3 at its end, but the last step could not be saved; 130 ended at once by a second Ctrl-C. torchrun makes 1
+of all but 0, and ends with 1 as well if it got the signal itself.
 """
 
 
@@ -93,7 +97,7 @@ def main() -> None:
         require_torchrun("launch/train.py")
         if options.preempted and launch.rank == 0:
             options.preempted.unlink(missing_ok=True)
-        complete = train(config, launch, fresh=fresh, preempted=options.preempted)
+        complete = train(config, launch, fresh=fresh, preempted=options.preempted, ends_process=True)
         if complete and launch.rank == 0:
             _summarise(config.folder)
 
@@ -104,10 +108,28 @@ def _first_start() -> bool:
 
 
 def _summarise(folder: Path) -> None:
-    report.curves([folder], folder / "curves.png")
+    """The run is complete whatever becomes of this."""
     text = report.table([folder])
-    (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\n{folder / 'curves.png'}")
+    with _said("curves.png"):
+        report.curves([folder], folder / "curves.png")
+    with _said("table.txt"):
+        (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+    with _said("the table on standard output"):
+        try:
+            print(f"\n{text}\n\n{folder / 'curves.png'}", flush=True)
+        except OSError:
+            # Or Python would try once more at its end, and make an exit code of it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"the run is complete; {what} could not be written: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ class Owner:
 
     def __init__(self, path: Path, token: str) -> None:
         self.path, self.token = path, token
+        self.may_vanish = False
+        """Whether a folder that is gone altogether is no reason to end."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
         self._thread.start()
@@ -70,7 +72,8 @@ class Owner:
             OSError: it cannot be known.
         """
         numbers = _numbers(self.path.parent)
-        if not holds(self.path, self.token) or max(numbers, default=0) > int(self.path.name):
+        held = holds(self.path, self.token) or (self.may_vanish and not numbers)
+        if not held or max(numbers, default=0) > int(self.path.name):
             raise FolderLostError(
                 f"{self.path.parent.parent}: another run has taken this folder over, while this one had not been heard "
                 f"of for {SILENCE:g} s, or the folder was moved aside; nothing more is written into it from here"

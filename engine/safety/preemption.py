@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-"""What a scheduler sends before it takes the machine away, and Ctrl-C."""
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+"""What a scheduler sends before it takes the machine away, a terminal that closes, and Ctrl-C."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -45,17 +45,27 @@ class Preemption:
         self._since = 0.0
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """SIGUSR1, SIGTERM and SIGINT are noted instead of ending the process; a second Ctrl-C ends it at once."""
+    def listening(self, *, ends_process: bool = False) -> Iterator[None]:
+        """SIGUSR1, SIGTERM, SIGHUP and SIGINT are noted instead of ending the process; a second Ctrl-C ends it at once.
+
+        Args:
+            ends_process: nothing comes after the body but the end of the process, which no signal but a second Ctrl-C
+                shall turn into a failure, unless the body has failed.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # Only the main thread may have handlers.
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # Under nohup a terminal that closes is to be ignored.
+        wanted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in wanted}
+        well = False
         try:
             yield
+            well = True
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if not (ends_process and well) or number == signal.SIGINT:
+                    signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -40,9 +40,16 @@ from engine.safety.checkpoint import (
 PATIENCE = 5.0
 """Seconds that training waits for a slow disk before it says so."""
 
+AGAIN = (1.0, 4.0, 10.0)
+"""Seconds until a last checkpoint that could not be written is tried again, and again."""
+
 WRITE_TIMEOUT = timedelta(minutes=30)
 """How long a rank that has written its files waits for one that has not; after the first step `train.timeout`, or the
 ranks that are left could not end where one hangs in the middle of a save."""
+
+
+class NotSavedError(RuntimeError):
+    """A run has come to its end, and its last step is not on disk."""
 
 
 class Saver:
@@ -81,7 +88,7 @@ class Saver:
         self._pending: tuple[int, float, Future[bool]] | None = None
         self._written = True
 
-    def save(self, standing: Standing, keep: int, hindrance: str | None = None) -> None:
+    def save(self, standing: Standing, keep: int, hindrance: str | None = None, *, last: bool = False) -> None:
         """Copies the state of this moment and has it written as the checkpoint of its step; then the oldest are
         removed, down to `keep` and the best. All ranks call this. Waits first while the one before is still being
         written.
@@ -90,6 +97,7 @@ class Saver:
 
         Args:
             hindrance: on rank 0, why there must be no checkpoint of this step.
+            last: nothing is trained after it.
 
         Raises:
             RuntimeError: a rank died while the one before was written.
@@ -118,7 +126,8 @@ class Saver:
                 files={},
             )
         target = folder_of(self._run, standing.step)
-        writing = self._thread.submit(self._write, target, _copied(states), manifest, keep, hindrance)
+        after = "nothing is trained after it" if last else "training goes on"
+        writing = self._thread.submit(self._write, target, _copied(states), manifest, keep, hindrance, after)
         self._pending = (standing.step, time.monotonic(), writing)
 
     def wait(self) -> bool:
@@ -156,7 +165,13 @@ class Saver:
             leave(self.group)
 
     def _write(
-        self, target: Path, states: dict[str, Any], manifest: Manifest | None, keep: int, failure: str | None
+        self,
+        target: Path,
+        states: dict[str, Any],
+        manifest: Manifest | None,
+        keep: int,
+        failure: str | None,
+        after: str,
     ) -> bool:
         aside = target.with_name(f"{target.name}.{self._mark}.tmp")
         files: dict[str, FileEntry] = {}
@@ -175,9 +190,9 @@ class Saver:
             outcome = failures[0] if failures else _attempt(self._check) or _attempt(complete)
             if outcome:
                 shutil.rmtree(aside, ignore_errors=True)
-                self._say(f"checkpoint of step {manifest.step} not written: {outcome}; training goes on")
+                self._say(f"checkpoint of step {manifest.step} not written: {outcome}; {after}")
             elif hindrance := _attempt(partial(_prune, self._run, keep, manifest)):
-                self._say(f"old checkpoints not removed: {hindrance}; training goes on")
+                self._say(f"old checkpoints not removed: {hindrance}; {after}")
         dist.barrier(self.group)  # wait() returns on no rank before the checkpoint is there.
         return not outcome
 

@@ -282,3 +282,13 @@ def test_the_same_command_again_goes_on_where_the_run_was(
     assert checkpoint.steps_on_disk(tmp_path / "run")[-1] == 10
     assert_same_state(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+def test_a_world_without_a_rank_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["launch", "configs/fashion_mnist/quickstart_dml.yaml"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "error: WORLD_SIZE = 2 without RANK: expected both" in capfd.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,47 @@ def test_a_signal_in_the_last_step_of_an_epoch_is_no_reason_to_leave_out_its_eva
     assert [line["step"] for line in read_metrics(config.folder) if "val/disagreement" in line] == [5, 10]
     run_ranks(2, train_here, config)
     assert numbers(config.folder) == numbers(undisturbed())
+
+
+def train_in_a_storm(config: RunConfig, preempted: Path, sent: tuple[signal.Signals, ...]) -> bool:
+    """Trains as launch/train.py does; from the first step on this process gets signals, to its very end."""
+    train_step, over = trainer.train_step, threading.Event()
+
+    def storm() -> None:
+        while not over.wait(0.01):
+            for number in sent:
+                os.kill(os.getpid(), number)
+
+    def step(*arguments: Any) -> Any:
+        if not thread.is_alive():
+            thread.start()
+        return train_step(*arguments)
+
+    thread = threading.Thread(target=storm, daemon=True)
+    trainer.train_step = step
+    complete = train(config, Launch.from_environment(), preempted=preempted, ends_process=True)
+    time.sleep(0.2)  # The end of the process takes a while, too.
+    over.set()
+    return complete
+
+
+@pytest.mark.parametrize("sent", [(signal.SIGUSR1, signal.SIGTERM), (signal.SIGHUP,)])
+def test_signals_that_do_not_cease_change_nothing_once_stopping_is_agreed(
+    tiny: Path, tmp_path: Path, sent: tuple[signal.Signals, ...]
+) -> None:
+    config, preempted = a_run(tiny, tmp_path / "run"), tmp_path / "preempted"
+    assert run_ranks(2, train_in_a_storm, config, preempted, sent) == [False, False]
+    assert preempted.read_text() == f"{max(sent).name}\n" or len(sent) > 1
+    assert saved(config.folder) < STEPS
+
+
+def test_a_save_at_a_signal_that_fails_is_not_claimed(tiny: Path, tmp_path: Path) -> None:
+    config, preempted = a_run(tiny, tmp_path / "run"), tmp_path / "preempted"
+    config.folder.mkdir()
+    (config.folder / "checkpoints").write_text("in the way")
+    with pytest.raises(RuntimeError, match=r"NotSavedError: .*the last, could not be saved"):
+        run_ranks(2, train_with_a_signal_in, config, "check_same_rows", 3, preempted)
+    assert not preempted.exists()
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:

@@ -28,8 +28,8 @@ from engine.files import sync
 from engine.ranks.placement import plan
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint, loading, saving
-from engine.safety.checkpoint import Best, Standing
-from engine.safety.saving import Saver
+from engine.safety.checkpoint import Best, Manifest, Standing
+from engine.safety.saving import NotSavedError, Saver
 from tests.checkpoints import PEER, a_run
 from tests.kills import assert_same_state, final_state, numbers, running
 from tests.runs import train_here
@@ -123,7 +123,9 @@ def test_a_damaged_one_of_a_later_step_pushes_out_none_that_is_whole(tiny: Path,
 
 def not_written(said: str) -> list[tuple[int, str]]:
     """The steps whose checkpoints were not written, and what was said of each."""
-    lines = re.findall(r"^checkpoint of step (\d+) not written: (.*); training goes on$", said, re.MULTILINE)
+    lines = re.findall(
+        r"^checkpoint of step (\d+) not written: (.*); (?:training goes on|nothing is .*)$", said, re.MULTILINE
+    )
     return [(int(step), re.sub(r"\.[0-9a-f]{8}\.tmp", ".tmp", reason)) for step, reason in lines]
 
 
@@ -140,10 +142,12 @@ def test_training_goes_on_where_the_log_is_on_the_full_disk_too(
 
 
 def test_training_goes_on_where_checkpoints_is_a_file(
-    tiny: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checkpoints").write_text("not a folder")
-    train_here(a_run(tiny, tmp_path))
+    monkeypatch.setattr(saving, "AGAIN", ())
+    with pytest.raises(NotSavedError, match="step 10, the last, could not be saved"):
+        train_here(a_run(tiny, tmp_path))
     at = tmp_path / "checkpoints"
     expected = [(step, f"{at}/step_{step:08d}.tmp: Not a directory") for step in (3, 5, 6, 9, 10)]
     assert not_written(capsys.readouterr().err) == expected
@@ -152,7 +156,8 @@ def test_training_goes_on_where_checkpoints_is_a_file(
 
 def test_training_goes_on_on_all_ranks_where_checkpoints_is_a_file(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("not a folder")
-    run_ranks(2, train_here, a_run(tiny, tmp_path, train={"epochs": 1}), timeout=60)
+    with pytest.raises(RuntimeError, match=r"NotSavedError: .* step 5, the last, could not be saved"):
+        run_ranks(2, train_here, a_run(tiny, tmp_path, train={"epochs": 1}), timeout=90)
     assert read_metrics(tmp_path)[-1]["step"] == 5
     assert (tmp_path / "checkpoints").read_text() == "not a folder"
 
@@ -179,7 +184,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_training_goes_on(
     (run / "checkpoints").symlink_to(small_disk)
     said = run_ranks(ranks, train_and_listen, a_run(tiny, run), tmp_path / "said", timeout=60)[0]
     failures = not_written(said)
-    assert [step for step, _ in failures] == [5, 6, 9, 10]
+    assert [step for step, _ in failures] == [5, 6, 9, 10, 10]
     for step, reason in failures:  # Of two ranks, which fill the disk together, either may meet its end.
         pattern = (
             rf"{run}/checkpoints/step_{step:08d}\.tmp/(peer_cifar_resnet8_b-[01]|shared)\.pt: No space left on device"
@@ -190,9 +195,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_training_goes_on(
     assert loading.verify(checkpoint.folder_of(run, 3)).step == 3
 
 
-def test_a_run_on_a_full_disk_goes_on_with_all_its_metrics(tiny: Path, whole: Path, small_disk: Path) -> None:
+def test_a_run_on_a_full_disk_goes_on_with_all_its_metrics(
+    tiny: Path, whole: Path, small_disk: Path, tmp_path: Path
+) -> None:
     """Checkpoints, metrics and all else on one disk, which a checkpoint beside training fills now and then."""
-    run_ranks(2, train_here, a_run(tiny, small_disk, train={"epochs": 2}), timeout=60)
+    run_ranks(2, train_and_listen, a_run(tiny, small_disk, train={"epochs": 2}), tmp_path / "said", timeout=60)
     assert [line["step"] for line in read_metrics(small_disk)] == [line["step"] for line in read_metrics(whole)]
     assert checkpoint.steps_on_disk(small_disk)
     for step in checkpoint.steps_on_disk(small_disk):
@@ -207,8 +214,11 @@ def train_and_listen(config: RunConfig, at: Path, largest_file: int | None = Non
     with path.open("w") as file:
         before = os.dup(2)
         os.dup2(file.fileno(), 2)
+        saving.AGAIN = (0.0,)
         try:
             train_here(config)
+        except NotSavedError as error:
+            assert str(error).startswith(f"{config.folder}: step 10, the last, could not be saved")  # noqa: PT017
         finally:
             os.dup2(before, 2)
     return path.read_text()
@@ -220,7 +230,7 @@ def test_a_disk_that_takes_no_file_of_that_size_leaves_no_traces(tiny: Path, tmp
     config = a_run(tiny, tmp_path / "run")
     said = run_ranks(ranks, train_and_listen, config, tmp_path / "said", 20_000, timeout=60)[0]
     too_large = f"{tmp_path}/run/checkpoints/step_{{:08d}}.tmp/peer_cifar_resnet8_b-0.pt: File too large"
-    assert not_written(said) == [(step, too_large.format(step)) for step in (3, 5, 6, 9, 10)]
+    assert not_written(said) == [(step, too_large.format(step)) for step in (3, 5, 6, 9, 10, 10)]
     assert read_metrics(tmp_path / "run")[-1]["step"] == 10
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -231,10 +241,10 @@ def test_a_disk_that_has_room_again_gets_the_next_checkpoint(
     """Room comes and goes with the limit on file sizes, which the run itself meets when its files are synced."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(saver: Saver, standing: Standing, keep: int, hindrance: str | None) -> None:
+    def save(saver: Saver, standing: Standing, keep: int, hindrance: str | None, *, last: bool) -> None:
         saver.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if standing.step in (5, 6) else limits[0], limits[1]))
-        whole_save(saver, standing, keep, hindrance)
+        whole_save(saver, standing, keep, hindrance, last=last)
 
     whole_save = Saver.save
     monkeypatch.setattr(Saver, "save", save)
@@ -245,6 +255,28 @@ def test_a_disk_that_has_room_again_gets_the_next_checkpoint(
     assert [step for step, _ in not_written(capsys.readouterr().err)] == [5, 6]
     assert_same_state(final_state(tmp_path), final_state(whole))
     assert checkpoint.leftovers(tmp_path) == []
+
+
+def test_the_last_checkpoint_is_tried_again_while_its_writing_fails(
+    tiny: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in the way of its name, which somebody takes away after the first try."""
+    monkeypatch.setattr(saving, "AGAIN", (0.1, 0.1))
+    tries, complete = [], saving._complete
+
+    def fail_once(aside: Path, target: Path, manifest: Manifest) -> None:
+        if manifest.step == 10:
+            tries.append(manifest.step)
+            if len(tries) == 1:
+                raise OSError(28, "No space left on device", str(target))
+        complete(aside, target, manifest)
+
+    monkeypatch.setattr(saving, "_complete", fail_once)
+    train_here(a_run(tiny, tmp_path))
+    assert not_written(capsys.readouterr().err) == [
+        (10, f"{tmp_path}/checkpoints/step_00000010: No space left on device")
+    ]
+    assert_same_state(final_state(tmp_path), final_state(whole))
 
 
 def test_a_wait_for_a_slow_disk_is_told(
