@@ -18,7 +18,7 @@ from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.cohort.parameter_groups import check_grouping
 from engine.config import ConfigError, PeerConfig, RunConfig
-from engine.config.identity import completed, differences, identity
+from engine.config.identity import completed, differences, identity, is_doubtful
 from engine.config.loading import load_run
 from engine.ranks.collectives import Launch, choose_device
 from engine.ranks.meeting import foreign, path_of
@@ -190,9 +190,13 @@ def _check_same_run(config: RunConfig) -> None:
     if not checkpoint.steps_on_disk(config.folder):
         return
     for key, (before, now) in differences(_identity_on_disk(config), identity(config)).items():
+        doubtful = is_doubtful(key, before, now)
+        if doubtful and config.checkpoint.recipe_may_change:
+            continue
+        meant = "; if that is meant, checkpoint.recipe_may_change=true goes on with it" if doubtful else ""
         raise ConfigError(
             f"{key} = {now!r}: the run in {config.folder} was started with {before!r}; give this one another name= or "
-            "dir=, or start over with --fresh, which moves that folder aside"
+            f"dir=, or start over with --fresh, which moves that folder aside{meant}"
         )
 
 

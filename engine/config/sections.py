@@ -208,6 +208,11 @@ class CheckpointConfig(Section):
     data_may_change: bool = Field(
         False, description="go on where images of the same classes were added or lost; an epoch keeps its steps"
     )
+    recipe_may_change: bool = Field(
+        False,
+        description="going on with another optimizer.lr, schedule, train.clip_norm, train.ema_warmup or (where there "
+        "are averages) train.ema_decay than before is meant, from the checkpoint's step on",
+    )
 
 
 class HealthConfig(Section):
