@@ -18,7 +18,7 @@ from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.cohort.parameter_groups import check_grouping
 from engine.config import ConfigError, PeerConfig, RunConfig
-from engine.config.identity import completed, differences, identity
+from engine.config.identity import completed, differences, identity, is_doubtful
 from engine.config.loading import load_run
 from engine.ranks.collectives import Launch, choose_device
 from engine.ranks.meeting import foreign, path_of
@@ -26,6 +26,7 @@ from engine.ranks.placement import Placement, plan
 from engine.safety import checkpoint, rollback
 from losses import METHODS, PeerInfo
 from losses.capabilities import OuterProblem
+from models.freezing import freeze
 from models.weightless import weightless
 
 
@@ -43,6 +44,10 @@ def check_run(
     """
     device = device or choose_device(config.device, launch)
     check_optimizer(config.optimizer)
+    for index, peer in enumerate(config.peers):
+        if config.optimizer_of(peer) != config.optimizer:
+            with _of_peer(index):
+                check_optimizer(config.optimizer_of(peer))
     if config.train.sync_bn and device.type != "cuda":
         raise ConfigError("train.sync_bn = True: works on CUDA devices only, this rank runs on the CPU; expected false")
     method = METHODS[config.method.name]
@@ -77,18 +82,30 @@ def _check_networks(config: RunConfig, placement: Placement) -> None:
     count = config.data.global_batch // placement.replicas // config.train.accumulation
     if config.train.sync_bn:
         count *= placement.replicas
-    indices = {(peer.network, repr(peer.options)): index for index, peer in reversed(list(enumerate(config.peers)))}
-    for index in sorted(indices.values()):
-        peer, data = config.peers[index], config.data
-        sizes = {"num_classes": 2, "in_channels": data.channels, "side": data.side, "count": count}
-        try:
-            models.try_images(peer.network, peer.options, **sizes)
-        except ValueError as error:
-            raise ConfigError(f"peers.{index}: network {peer.network!r}: {error}") from None
-        if "layer_decay" in config.optimizer.options:
+    tried: set[tuple[str, str]] = set()
+    for index, peer in enumerate(config.peers):
+        data, optimizer = config.data, config.optimizer_of(peer)
+        if (kind := (peer.network, repr(peer.options))) not in tried:
+            tried.add(kind)
+            sizes = {"num_classes": 2, "in_channels": data.channels, "side": data.side, "count": count}
+            try:
+                models.try_images(peer.network, peer.options, **sizes)
+            except ValueError as error:
+                raise ConfigError(f"peers.{index}: network {peer.network!r}: {error}") from None
+        if peer.frozen or "layer_decay" in optimizer.options:
             with weightless(peer.network):
                 network = models.create(peer.network, 2, data.channels, **peer.options)
-            check_grouping(network, peer.network, config.optimizer)
+            with _of_peer(index):
+                check_grouping(network, peer.network, optimizer)
+                freeze(network, peer.frozen)
+
+
+@contextmanager
+def _of_peer(index: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"peers.{index}.{error}") from None
 
 
 def _check_stages(config: RunConfig) -> None:
@@ -173,9 +190,13 @@ def _check_same_run(config: RunConfig) -> None:
     if not checkpoint.steps_on_disk(config.folder):
         return
     for key, (before, now) in differences(_identity_on_disk(config), identity(config)).items():
+        doubtful = is_doubtful(key, before, now)
+        if doubtful and config.checkpoint.recipe_may_change:
+            continue
+        meant = "; if that is meant, checkpoint.recipe_may_change=true goes on with it" if doubtful else ""
         raise ConfigError(
             f"{key} = {now!r}: the run in {config.folder} was started with {before!r}; give this one another name= or "
-            "dir=, or start over with --fresh, which moves that folder aside"
+            f"dir=, or start over with --fresh, which moves that folder aside{meant}"
         )
 
 

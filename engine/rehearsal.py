@@ -197,8 +197,10 @@ def _step(cohort: Cohort, config: RunConfig, placement: Placement, steps: Sequen
 
 def _known_waits(cohort: Cohort) -> Iterator[str]:
     """Where the host waits and a rehearsal takes another way."""
-    if not fusible(cohort.config.optimizer.name):
-        yield f"optimizer.name = {cohort.config.optimizer.name}: is not fused, so each update waits for its flag"
+    optimizers = [cohort.config.optimizer_of(cohort.config.cohort[k][1]).name for k in cohort.residents]
+    for name in dict.fromkeys(optimizers):
+        if not fusible(name):
+            yield f"optimizer.name = {name}: is not fused, so each update waits for its flag"
     if any(isinstance(module, ShardedTable) for module in cohort.method.modules()):
         yield "method.bank_sharded = True: each reading of a bank waits for the number of rows that each rank wants"
     if cohort.config.train.sync_bn and cohort.placement.replicas > 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from losses.capabilities import Turns
 from losses.contract import Method, MethodOptions, Progress, Signals, Terms
-from losses.functional import cross_term, mean_of_others, tempered_log_softmax
+from losses.functional import cross_term, mean_of_others, ramp_up, tempered_log_softmax
 
 
 class DMLOptions(MethodOptions):
@@ -30,6 +30,14 @@ class DMLOptions(MethodOptions):
     )
     temperature: float = Field(1.0, gt=0, description="T of both softmaxes; the term is multiplied by T^2")
     weight: float = Field(1.0, ge=0, description="weight of the KL term; 1 in the paper")
+    weights: list[list[float]] | None = Field(
+        None,
+        description="K rows of K numbers: weights[k][j], times `weight`, is how much peer k learns from peer j, in "
+        "place of 1/(K-1); 0 on the diagonal; null: all alike, as `combine` says",
+    )
+    ramp: int = Field(
+        0, ge=0, description="epochs over which the weight of the KL term rises, as exp(-5 (1 - epoch/ramp)^2); 0: none"
+    )
 
 
 class DML(Turns, Method):
@@ -41,6 +49,9 @@ class DML(Turns, Method):
 
     where CE and KL are means over rows. Since KL is linear in p_j but for an entropy, only q = mean_{j != k} p_j enters
     the gradient: dL_k/dz_k = [softmax(z_k) - y + \lambda T (p_k - q)] / N.
+
+    Not in the paper: weights w_kj in place of 1 / (K-1), so that a weak peer need not drag a strong one down, and a
+    ramp of \lambda.
     """
 
     name = "dml"
@@ -51,6 +62,15 @@ class DML(Turns, Method):
     def check(cls, options: DMLOptions, num_peers: int) -> None:
         if num_peers < 2:
             raise ValueError("dml needs at least 2 peers to teach each other, found 1")
+        if options.weights is None:
+            return
+        rows = options.weights
+        if len(rows) != num_peers or any(len(row) != num_peers for row in rows):
+            raise ValueError(f"weights: expected {num_peers} rows of {num_peers} numbers, found {rows}")
+        if any(w < 0 for row in rows for w in row) or any(row[k] for k, row in enumerate(rows)):
+            raise ValueError(f"weights: expected numbers from 0, and 0 on the diagonal, found {rows}")
+        if options.combine != "mean":
+            raise ValueError(f"combine = {options.combine}: weights say how peers are combined; expected mean")
 
     @classmethod
     def turns(cls, options: DMLOptions, num_peers: int) -> Sequence[Sequence[int]]:
@@ -63,6 +83,7 @@ class DML(Turns, Method):
     ) -> Terms:
         options, others = self.options, self.num_peers - 1
         scale = options.weight * options.temperature**2 * (others if options.combine == "sum" else 1)
+        scale *= ramp_up(progress.epoch, options.ramp)
         log_p = [tempered_log_softmax(peer["logits"], options.temperature) for peer in signals]
         with torch.no_grad():
             p = [x.exp() for x in log_p]
@@ -70,6 +91,12 @@ class DML(Turns, Method):
 
         terms: Terms = {}
         for k in residents:
+            if options.weights is not None:
+                w = options.weights[k]
+                q, own = _weighted(p, w), _weighted(negentropy, w)
+                terms[k, "ce"] = self.classify(signals[k]["logits"], targets)
+                terms[k, "kl"] = scale * (own - cross_term(q, log_p[k]))
+                continue
             q = mean_of_others(p, k)
             if options.combine == "ensemble":
                 own = torch.special.xlogy(q, q).sum(-1).mean()
@@ -78,3 +105,8 @@ class DML(Turns, Method):
             terms[k, "ce"] = self.classify(signals[k]["logits"], targets)
             terms[k, "kl"] = scale * (own - cross_term(q, log_p[k]))
         return terms
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_j w_j x_j of equally shaped tensors."""
+    return torch.stack([w * x for w, x in zip(weights, tensors, strict=True)]).sum(0)

@@ -24,11 +24,12 @@ from engine.cohort.peer import Peer, Resident
 from engine.cohort.randomness import Streams
 from engine.cohort.teacher import Teacher
 from engine.cohort.trunk import Trunk
-from engine.config import RunConfig
+from engine.config import OptimizerConfig, RunConfig
 from engine.ranks.placement import Placement
 from losses import METHODS, Method
 from losses.capabilities import OuterProblem, OwnWeightDecay, SharedTrunk, Teachers, Unsynchronised, turns_of
 from losses.functional import classifier
+from models.freezing import freeze
 from models.stages import Joined, Taps, cut
 from models.weightless import weightless
 
@@ -106,7 +107,8 @@ class Builder:
         """A peer that lives here."""
         head = self._head(index, outline, method)
         network = self._network(index, initial=True)
-        said = said_by(network, self._config.optimizer)
+        config = self._config.optimizer_of(self._config.cohort[index][1])
+        said = said_by(network, config)
         whole = network
         if trunk is not None and outline.trunk is not None:
             _, network = cut(network, outline.trunk)
@@ -118,7 +120,7 @@ class Builder:
             network.compile()
         outer = list(method.outer(head)) if head is not None and isinstance(method, OuterProblem) else []
         unsynchronised = _unsynchronised(method, head)
-        outer_optimizer = self.optimizer(nn.ParameterList(outer)) if outer else None
+        outer_optimizer = self.optimizer(nn.ParameterList(outer), config) if outer else None
         for p in outer:
             p.requires_grad_(False)
         peer = Peer(network, head, taps, [name for name in method.signals if name != "teacher"])
@@ -130,16 +132,16 @@ class Builder:
             whole=whole,
             wrapped=self._averaged(peer, self._replica_group, [names[id(p)] for p in unsynchronised]),
             unsynchronised=frozenset(names[id(p)] for p in unsynchronised),
-            optimizer=self.optimizer(peer, said),
+            optimizer=self.optimizer(peer, config, said),
             parameters=list(peer.parameters()),
             outer={names[id(p)]: p for p in outer},
             outer_optimizer=outer_optimizer,
             ema=ema,
         )
 
-    def optimizer(self, module: nn.Module, said: Said | None = None) -> torch.optim.Optimizer:
+    def optimizer(self, module: nn.Module, config: OptimizerConfig, said: Said | None = None) -> torch.optim.Optimizer:
         """An optimiser and its schedule, for a module that is on its device already, and what is said of its groups."""
-        optimizer = make_optimizer(module, self._config.optimizer, said)
+        optimizer = make_optimizer(module, config, said)
         self._schedule(optimizer)
         return optimizer
 
@@ -170,6 +172,8 @@ class Builder:
             network = models.create(
                 peer.network, self._num_classes, self._channels, pretrained=pretrained, **peer.options
             )
+        if initial:
+            freeze(network, peer.frozen)
         return self._placed(network)
 
     def _copy(self, index: int) -> nn.Module:

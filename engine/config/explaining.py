@@ -94,6 +94,7 @@ ELSEWHERE = {
 def _nearest_key(word: str, model: type[BaseModel]) -> str:
     """A hint for a key that a section does not have: what others call ours, a namesake elsewhere, or one like it."""
     namesakes = [path for path in _paths(RunConfig) if path.rpartition(".")[2] == word and "." in path]
+    namesakes = [path for path in namesakes if not path.startswith("peers.")] or namesakes
     known = ELSEWHERE.get(word) or (namesakes[0] if len(namesakes) == 1 else None)
     if known:
         return f"; did you mean {known!r}?"

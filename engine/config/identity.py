@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data_pipelines.config import with_moved_keys
 from engine.config import ConfigError, RunConfig
-from engine.config.loading import validate
+from engine.config.loading import dump_anywhere, load_run, validate
 
 NUMBERS_DO_NOT_DEPEND_ON = {
     "name": None,
@@ -26,6 +28,9 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "train": {"epochs", "max_skipped", "timeout"},
 }
 """What may change between two starts of a run; null stands for a whole section."""
+
+DOUBTFUL = ("optimizer.lr", "schedule.", "train.clip_norm", "train.ema_decay", "train.ema_warmup")
+"""What may change where `checkpoint.recipe_may_change` says that it is meant; all else may not."""
 
 _LATER_KEYS_OF_TRAIN = {"loss": "cross_entropy", "bce_threshold": None, "bce_sum": False}
 """Keys that earlier versions did not write, and what they did."""
@@ -94,3 +99,18 @@ def differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, An
             found |= differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
         return found
     return {} if before == now else {key: (before, now)}
+
+
+def is_doubtful(key: str, before: Any, now: Any) -> bool:
+    """Whether another value of a key could be meant. An average that a checkpoint does not hold cannot go on."""
+    return f"{key}.".startswith(DOUBTFUL) and not (key == "train.ema_decay" and None in (before, now))
+
+
+def changes(config: RunConfig) -> list[str]:
+    """What is different from the last start of the run in the folder, key by key; nothing where there was none."""
+    if not (config.folder / "config.yaml").is_file():
+        return []
+    before, now = (yaml.safe_load(dump_anywhere(one)) for one in (load_run(config.folder), config))
+    before.pop("dir")
+    now.pop("dir")
+    return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in differences(before, now).items()]

@@ -20,6 +20,7 @@ from engine.config.sections import (
     LogConfig,
     OptimizerConfig,
     PeerConfig,
+    PeerOptimizerConfig,
     PlacementConfig,
     PrecisionConfig,
     ReportConfig,
@@ -33,6 +34,7 @@ from losses.capabilities import (
     ActsAfterStep,
     HeldOutSurveys,
     MeetsAsJobs,
+    OuterProblem,
     SharedTrunk,
     Teachers,
     trunk_of,
@@ -93,6 +95,10 @@ class RunConfig(Section):
             (base if bases.count(base) == 1 else f"{base}-{bases[:i].count(base)}", peer)
             for i, (base, peer) in enumerate(wanted)
         ]
+
+    def optimizer_of(self, peer: PeerConfig) -> OptimizerConfig:
+        """The optimiser of a peer."""
+        return peer.optimizer.over(self.optimizer)
 
     @property
     def trained(self) -> list[tuple[str, PeerConfig]]:
@@ -155,6 +161,8 @@ class RunConfig(Section):
                     f"peers: {self.method.name} shares a trunk between peers of one network; found "
                     f"{', '.join(sorted(network for network, _ in kinds))}"
                 )
+            if len({tuple(peer.frozen) for peer in self.peers}) > 1:
+                raise ValueError(f"peers: {self.method.name} shares a trunk; expected the same frozen for all peers")
         if issubclass(method, ActsAfterStep) and method.alike:
             found = {f"{peer.network} {peer.options}" if peer.options else peer.network for peer in self.peers}
             if len(found) > 1:
@@ -162,6 +170,15 @@ class RunConfig(Section):
                     f"peers: {self.method.name} needs peers of one network with the same options; found "
                     f"{', '.join(sorted(found))}"
                 )
+        if issubclass(method, ActsAfterStep) and method.alike and any(peer.frozen for peer in self.peers):
+            raise ValueError(f"peers: {self.method.name} mixes the peers' weights; expected none of them frozen")
+        outer = issubclass(method, OuterProblem) and method.has_outer_problem(self.method)
+        own = any(peer.frozen or peer.optimizer != PeerOptimizerConfig() for peer in self.peers)
+        if outer and (own or "layer_decay" in self.optimizer.options):
+            raise ValueError(
+                f"peers: the outer problem of {self.method.name} looks ahead with one rate for all weights; expected "
+                "neither peers.N.optimizer, peers.N.frozen nor optimizer.options.layer_decay"
+            )
         surveys = issubclass(method, HeldOutSurveys) and method.held_out(self.method)
         if surveys and not self.data.held_out:
             raise ValueError(

@@ -23,6 +23,45 @@ else:
     AnyMethod = Annotated[functools.reduce(operator.or_, _options), Field(discriminator="name")]
 
 
+class OptimizerConfig(Section):
+    """A timm optimiser; one for each peer."""
+
+    name: str = Field("sgd", description="timm's name: sgd is SGD with Nesterov momentum, momentum is without")
+    lr: float = Field(0.1, gt=0, description="learning rate, for the global batch as it is: never rescaled")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum, for optimisers that have one")
+    weight_decay: float = Field(5e-4, ge=0, description="weight decay")
+    decay_norm_and_bias: bool = Field(
+        True,
+        description="whether biases and normalisation weights decay too; what a "
+        "network itself asks to leave out (position embeddings) never does",
+    )
+    options: dict[str, Any] = Field(
+        {},
+        description="further arguments of the optimiser, such as betas; "
+        "layer_decay, for networks of timm: the rate of a layer is that of the next one times this",
+    )
+
+
+class PeerOptimizerConfig(Section):
+    """What of the optimiser is different for one peer."""
+
+    name: str | None = Field(None, description="as optimizer.name; null, here and below: that of the run")
+    lr: float | None = Field(None, gt=0, description="learning rate; the schedule is the run's")
+    momentum: float | None = Field(None, ge=0, lt=1, description="momentum")
+    weight_decay: float | None = Field(None, ge=0, description="weight decay")
+    decay_norm_and_bias: bool | None = Field(None, description="whether biases and normalisation weights decay too")
+    options: dict[str, Any] | None = Field(
+        None, description="further arguments; null: those of the run, or none where the name differs"
+    )
+
+    def over(self, whole: OptimizerConfig) -> OptimizerConfig:
+        """The optimiser of the run with what is different."""
+        own = {key: value for key in type(self).model_fields if (value := getattr(self, key)) is not None}
+        if own.get("name", whole.name) != whole.name:
+            own.setdefault("options", {})
+        return whole.model_copy(update=own)
+
+
 class PeerConfig(Section):
     """One network of the cohort, or several alike."""
 
@@ -43,24 +82,11 @@ class PeerConfig(Section):
         description="true: start from the weights that timm or torchvision publish, which downloads them; or the path "
         "of a file of weights (.safetensors, .pt, .pth, .pth.tar, .bin, .ckpt), of this or another trainer",
     )
-
-
-class OptimizerConfig(Section):
-    """A timm optimiser; one for each peer."""
-
-    name: str = Field("sgd", description="timm's name: sgd is SGD with Nesterov momentum, momentum is without")
-    lr: float = Field(0.1, gt=0, description="learning rate, for the global batch as it is: never rescaled")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum, for optimisers that have one")
-    weight_decay: float = Field(5e-4, ge=0, description="weight decay")
-    decay_norm_and_bias: bool = Field(
-        True,
-        description="whether biases and normalisation weights decay too; what a "
-        "network itself asks to leave out (position embeddings) never does",
-    )
-    options: dict[str, Any] = Field(
-        {},
-        description="further arguments of the optimiser, such as betas; "
-        "layer_decay, for networks of timm: the rate of a layer is that of the next one times this",
+    optimizer: PeerOptimizerConfig = PeerOptimizerConfig()
+    frozen: list[str] = Field(
+        [],
+        description="parts of the network that do not learn: submodules (layer1) or shell patterns of names of weights "
+        "(blocks.[01].*); their normalisation keeps its statistics too",
     )
 
 
@@ -181,6 +207,11 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
     data_may_change: bool = Field(
         False, description="go on where images of the same classes were added or lost; an epoch keeps its steps"
+    )
+    recipe_may_change: bool = Field(
+        False,
+        description="going on with another optimizer.lr, schedule, train.clip_norm, train.ema_warmup or (where there "
+        "are averages) train.ema_decay than before is meant, from the checkpoint's step on",
     )
 
 

@@ -19,6 +19,7 @@ import yaml
 from tqdm import tqdm
 
 from engine.config import RunConfig
+from engine.config.identity import changes
 from engine.config.loading import dump, dump_anywhere
 from engine.files import write_json, write_text
 from engine.ranks.placement import Placement
@@ -67,6 +68,7 @@ def follow(
         said: what a person should be told first, such as which checkpoints are not used.
         check: raises an OSError where the run's folder belongs to another run by now.
     """
+    changed = changes(config) if step else []
     record_start(config, placement.world)
     tracker = Tracker(config, step, steps, check)
     for message in said:
@@ -75,6 +77,8 @@ def follow(
     if step:
         state = "complete" if step >= steps else "going on"
         tracker.say(f"{state} at step {step} of {steps}, from its checkpoint")
+    if changed:
+        tracker.say(f"other than at the start before: {', '.join(changed)}")
     return tracker
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.cohort.cohort import Cohort
-from engine.config import RunConfig
+from engine.config import PeerConfig, RunConfig
 from models.stages import plain_state
 
 
@@ -53,12 +53,15 @@ def twins(cohort: Cohort) -> Iterator[str]:
     """
     starts: dict[str, list[str]] = defaultdict(list)
     for name, peer in cohort.config.trained:
-        starts[f"{peer.network} {peer.options} {peer.pretrained}"].append(name)
+        starts[_kind(peer)].append(name)
     suspects = {name for same in starts.values() if len(same) > 1 for name in same}
     pretrained = {name for name, peer in cohort.config.trained if peer.pretrained}
     if cohort.config.data.views != "shared" or not suspects & pretrained:
         return
-    mine = {r.name: _digest(r.whole) for r in cohort.residents.values() if r.name in suspects & pretrained}
+    kinds = {name: _kind(peer) for name, peer in cohort.config.trained}
+    mine = {
+        r.name: _digest(r.whole) + kinds[r.name] for r in cohort.residents.values() if r.name in suspects & pretrained
+    }
     told: list[dict[str, str]] = [{}] * cohort.placement.world
     dist.all_gather_object(told, mine)
     found: dict[str, list[str]] = defaultdict(list)
@@ -66,6 +69,10 @@ def twins(cohort: Cohort) -> Iterator[str]:
         for digest in {digests[name] for digests in told if name in digests}:
             found[digest].append(name)
     yield from (_twins(names) for names in found.values() if len(names) > 1)
+
+
+def _kind(peer: PeerConfig) -> str:
+    return f"{peer.network} {peer.options} {peer.pretrained} {peer.optimizer} {peer.frozen}"
 
 
 def _twins(names: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "misspelt_key_of_a_peer": (
         "peers.0.netwrk=x",
         "peers.0.netwrk = 'x': unknown key; did you mean 'network'?; peers.0 has: "
-        "copies, name, network, options, pretrained",
+        "copies, frozen, name, network, optimizer, options, pretrained",
     ),
     "key_below_a_value": ("train.epochs.x=3", "train.epochs.x: train.epochs = 2 has no keys below it"),
     "base_as_override": (
@@ -110,7 +110,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "misspelt_option": (
         "method.temprature=2.0",
         "method.temprature = 2.0: unknown key; did you mean 'temperature'?; method has: combine, name, order, "
-        "temperature, weight",
+        "ramp, temperature, weight, weights",
     ),
     "unknown_choice_of_an_option": (
         "method.combine=avg",

@@ -226,3 +226,51 @@ def test_turns() -> None:
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         METHODS["dml"].Options(**options)
+
+
+# -- weights and a ramp -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ramp", "factor"), [(0, 1.0), (4, math.exp(-5))])
+def test_weights_for_each_direction_and_a_ramp(ramp: int, factor: float) -> None:
+    """L_k = CE + weight T^2 exp(-5 (1 - e/ramp)^2) sum_j w_kj KL(p_j || p_k); this is epoch 0."""
+    z, y = draw(3)
+    weights, t = [[0.0, 0.5, 2.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], 2.0
+    method = dml(3, weights=weights, temperature=t, weight=0.7, ramp=ramp)
+    terms, logits = terms_of(method, z, y)
+    for k in range(3):
+        pairs = [
+            weights[k][j] * kl(log_softmax(z[j, n], t), log_softmax(z[k, n], t)) for j in range(3) for n in range(N)
+        ]
+        expected = factor * 0.7 * t**2 * sum(pairs) / N
+        assert terms[k, "kl"].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert terms[k, "ce"].item() == pytest.approx(expected_ce(z, y, k), rel=1e-5)
+    # Who teaches gets no gradient from it: peer 2 learns from the labels alone.
+    sum(terms.values()).backward()
+    alone = torch.tensor(z[2], dtype=torch.float32, requires_grad=True)
+    torch.nn.functional.cross_entropy(alone, torch.tensor(y)).backward()
+    torch.testing.assert_close(logits[2].grad, alone.grad)
+
+
+def test_equal_weights_are_the_mean() -> None:
+    z, y = draw(3)
+    half = [[0.0 if j == k else 0.5 for j in range(3)] for k in range(3)]
+    weighted, _ = terms_of(dml(3, weights=half), z, y)
+    plain, _ = terms_of(dml(3), z, y)
+    for key, term in plain.items():
+        torch.testing.assert_close(weighted[key], term)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"weights": [[0.0, 1.0]]}, "expected 2 rows of 2 numbers"),
+        ({"weights": [[1.0, 1.0], [1.0, 0.0]]}, "0 on the diagonal"),
+        ({"weights": [[0.0, -1.0], [1.0, 0.0]]}, "expected numbers from 0"),
+        ({"weights": [[0.0, 1.0], [1.0, 0.0]], "combine": "sum"}, "combine = sum: weights say how"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(options: dict[str, Any], reason: str) -> None:
+    cls = METHODS["dml"]
+    with pytest.raises(ValueError, match=reason):
+        cls.check(cls.Options(**options), 2)

@@ -121,7 +121,8 @@ def test_a_section_of_the_same_name_keeps_its_options(write: Write) -> None:
     write("one.yaml", WHOLE)
     method = load(write("two.yaml", "base: one.yaml\nmethod: {name: dml, combine: sum}\n")).method
     assert method.model_dump() == {
-        "name": "dml", "combine": "sum", "order": "simultaneous", "temperature": 2.0, "weight": 1.0
+        "name": "dml", "combine": "sum", "order": "simultaneous", "temperature": 2.0, "weight": 1.0,
+        "weights": None, "ramp": 0,
     }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ UNLIKE_NAMES = [{"network": "cifar_resnet8_b", "copies": 2, "name": "a"}, {"netw
         (
             {"method": {"temprature": 2.0}},
             "method.temprature = 2.0: unknown key; did you mean 'temperature'?; method has: combine, name, order, "
-            "temperature, weight",
+            "ramp, temperature, weight, weights",
         ),
         (
             {"method": {"name": "independent", "temperature": 2.0}},
