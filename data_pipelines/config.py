@@ -66,7 +66,13 @@ _Path = Annotated[Path, Strict(False)]
 _Range = Annotated[tuple[float, float], Strict(False)]
 _Stage = Annotated[tuple[int, int], Strict(False)]
 
-_LATER_KEYS = ("repeats", "image.training_sizes", *(f"augmentation.{name}" for name in Augmentations.model_fields))
+_LATER_KEYS = (
+    "repeats",
+    "on_error",
+    "max_bad",
+    "image.training_sizes",
+    *(f"augmentation.{name}" for name in Augmentations.model_fields),
+)
 """Keys that earlier versions did not have: where they have their defaults they are not written, so that a run of such a
 version is still the same run."""
 
@@ -145,6 +151,18 @@ class DataConfig(Section):
         ge=1,
         description="Augmentations of an image in one batch (repeated augmentation): an epoch has as many batches as "
         "ever, of 1 / repeats of the images (shuffle).",
+    )
+    on_error: Annotated[Literal["replace", "raise"], _FOLDER] = Field(
+        default="replace",
+        description="What a file that cannot be read does. replace: the next of its class is shown instead, it counts "
+        "as wrong in validation, and is named in damaged.json; raise: it ends the run (image_folder).",
+    )
+    max_bad: Annotated[float, _FOLDER] = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Part of a split's files that may be unreadable before the run ends; one always may, unless this "
+        "is 0 (image_folder).",
     )
     views: Literal["shared", "per_peer"] = Field(
         default="shared", description="Whether all peers see one augmentation of an image, or each peer its own."

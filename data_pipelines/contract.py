@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data_pipelines.damage import Damage, DataError
 
-class DataError(ValueError):
-    """Data cannot be read: missing, cut short or wrong. The message says what, where, and how to get it right."""
+__all__ = ["Batch", "DataError", "Pipeline"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class Batch:
     Attributes:
         views: one or more augmentations of the same images, each float32 [n, C, H, W] in channels-last memory,
             normalised.
-        targets: int64 [n], the class of each image; of training images whose labels are smoothed or that are mixed,
-            probabilities float32 [n, num_classes].
-        ids: int64 [n], the position of each sample in its split.
+        targets: int64 [n], the class of each image, -1 for one of the validation split that cannot be read; of training
+            images whose labels are smoothed or that are mixed, probabilities float32 [n, num_classes].
+        ids: int64 [n], the position of each sample in its split; of the one that is shown in the place of one that
+            cannot be read.
     """
 
     views: tuple[torch.Tensor, ...]
@@ -45,6 +46,7 @@ class Pipeline(ABC):
     """An open data set.
 
     Attributes:
+        damage: samples that could not be read, where any may be met.
         remarks: what whoever starts a run may want to know of how the data are read.
         num_classes: number of classes.
         channels: channels of an image.
@@ -62,6 +64,7 @@ class Pipeline(ABC):
     """
 
     remarks: tuple[str, ...] = ()
+    damage: Damage | None = None
     num_classes: int
     channels: int
     image_size: int

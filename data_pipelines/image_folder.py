@@ -4,11 +4,9 @@ What is shown of which photo is decided here, by :mod:`data_pipelines.order` and
 :mod:`data_pipelines.decoding.windows`; the decoder is told.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,18 +15,17 @@ from numpy.typing import NDArray
 from data_pipelines import order
 from data_pipelines.augmentation.chain import Augmenter, Drawn
 from data_pipelines.config import DataConfig
-from data_pipelines.contract import Batch, DataError, Pipeline
+from data_pipelines.contract import Batch, Pipeline
+from data_pipelines.damage import Damage
 from data_pipelines.decoding import windows
 from data_pipelines.decoding.choice import choose
 from data_pipelines.decoding.contract import Decoder, Plan, Work
 from data_pipelines.decoding.dali import Graph
+from data_pipelines.decoding.stream import READERS, Stream
 from data_pipelines.decoding.with_torchvision import TorchvisionDecoder
 from data_pipelines.digest import contents
 from data_pipelines.sampling import Sampling
-from data_pipelines.sources.class_folders import FETCH, Files, Listing, list_folder
-
-_READERS = 4  # threads that read files, a batch each
-_IN_FLIGHT = 2  # batches that the decoder works on while the network trains
+from data_pipelines.sources.class_folders import Files, Listing, list_folder
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,10 @@ class ImageFolder(Pipeline):
     ) -> None:
         choice = choose(config.decoding.decoder, cuda=device.type == "cuda")
         self._decoder_name, self.remarks = choice.name, (f"decoder: {choice}",)
-        self._train, self._val = (Files(listing) for listing in listings or list_folder(config.folder))
+        train, val = listings or list_folder(config.folder)
+        sizes = {"train": len(train.names), "val": len(val.names)}
+        self.damage = Damage(config.on_error, config.max_bad, sizes)
+        self._train, self._val = Files(train, "train", self.damage), Files(val, "val", self.damage)
         self.class_names = self._train.listing.classes
         self.num_classes = len(self.class_names)
         self.channels = 3
@@ -82,7 +82,7 @@ class ImageFolder(Pipeline):
         )
         self._idle: dict[Plan, Decoder] = {}
         self._decoders = ThreadPoolExecutor(config.decoding.threads, thread_name_prefix="cohort-decoder")
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="cohort-reader")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="cohort-reader")
 
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
@@ -93,17 +93,17 @@ class ImageFolder(Pipeline):
         if side != self._config.training_side(max(epoch - 1, 0)):
             self._idle.clear()  # Images of the size of before are not shown again.
 
-        def prepare(step: int) -> _Prepared:
-            ids = samples[step, rows]
-            encoded, sizes = self._train.read(ids)
+        def prepare(step: int, broken: frozenset[int]) -> _Prepared:
+            read = self._train.read(samples[step, rows], self._sampling.trained_on, broken)
+            sizes = read.sizes
             uniforms = (order.augmentation(self._seed, epoch, step, size, windows.COLUMNS, view) for view in views)
             draws = [windows.crop_draws(each, area, ratio)[rows] for each in uniforms]
             cropped = (windows.crop_windows(each, sizes, ratio) for each in draws)
             corners, shapes = (np.stack(each, axis=1) for each in zip(*cropped, strict=True))
             flips = np.stack([windows.flips(each) for each in draws], axis=1)
-            work = Work(ids, encoded, corners, shapes, np.full_like(sizes, side), 0 * sizes, flips)
+            work = Work(read.ids, read.encoded, corners, shapes, np.full_like(sizes, side), 0 * sizes, flips)
             drawn = self._augmenter.draw(epoch, step, size, rows, side, views)
-            return _Prepared(work, self._train.listing.labels[ids], drawn)
+            return _Prepared(work, self._train.listing.labels[read.ids], drawn)
 
         largest = len(range(*rows.indices(size)))
         # A photo of several views is decoded once, and then as a whole. A window is decoded without the colours beyond
@@ -124,13 +124,14 @@ class ImageFolder(Pipeline):
     def _as_they_are(self, files: Files, samples: NDArray[np.int64], mine: range, batch: int) -> Iterator[Batch]:
         """The samples at the places `mine`, in order, without augmentation."""
 
-        def prepare(begin: int) -> _Prepared:
+        def prepare(begin: int, broken: frozenset[int]) -> _Prepared:
             ids = samples[begin : min(begin + batch, mine.stop)]
-            encoded, sizes = files.read(ids)
+            read = files.read(ids, samples, broken) if files is self._train else files.read_as_they_are(ids, broken)
+            sizes = read.sizes
             scaled, cuts = windows.validation_windows(sizes, self._config.image.resize, self.image_size)
             corners, shapes, flips = 0 * sizes[:, None], sizes[:, None], np.zeros((len(ids), 1), np.int32)
-            work = Work(ids, encoded, corners, shapes, scaled, cuts, flips)
-            return _Prepared(work, files.listing.labels[ids], None)
+            work = Work(read.ids, read.encoded, corners, shapes, scaled, cuts, flips)
+            return _Prepared(work, np.where(read.readable, files.listing.labels[read.ids], -1), None)
 
         plan = Plan(batch, 1, False, self.image_size)
         return self._batches(files, prepare, range(mine.start, mine.stop, batch), plan)
@@ -141,32 +142,27 @@ class ImageFolder(Pipeline):
         self._idle.clear()
         self._decoders.shutdown(cancel_futures=True)
 
-    def _batches(self, files: Files, prepare: Callable[[int], _Prepared], steps: range, plan: Plan) -> Iterator[Batch]:
+    def _batches(
+        self, files: Files, prepare: Callable[[int, frozenset[int]], _Prepared], steps: range, plan: Plan
+    ) -> Iterator[Batch]:
         if not steps:
             return
+
+        def tell(index: int, size: int) -> None:
+            files.tell(index, f"expected a whole image, found {size} bytes that cannot be decoded")
+
         # Building one takes a second or two on a GPU. One is of a single pass at a time: training may pause for an
         # evaluation, with batches in flight.
         decoder = self._idle.pop(plan, None) or self._decoder(plan)
-        pending: deque[_Prepared] = deque()
-        try:
-            for prepared in _ahead(self._readers, prepare, steps):
-                pending.append(prepared)
-                decoder.feed(prepared.work)
-                if len(pending) > _IN_FLIGHT:
-                    yield self._finish(decoder, pending)
-            while pending:
-                yield self._finish(decoder, pending)
-            if files is self._train:  # What validates is used once an epoch, and its memory is wanted for training.
-                self._idle[plan] = decoder
-        except RuntimeError as error:
-            broken = self._broken_file(files, pending, plan)
-            if broken is None:
-                raise
-            raise broken from error
+        stream = Stream(plan, self._decoder, decoder, prepare, tell)
+        for prepared, views, ids in stream(self._readers, steps):
+            yield self._finish(prepared, views, ids)
+            # They lie in the decoder's memory, which it wants back.
+            del views
+        if files is self._train:  # What validates is used once an epoch, and its memory is wanted for training.
+            self._idle[plan] = stream.decoder
 
-    def _finish(self, decoder: Decoder, pending: deque[_Prepared]) -> Batch:
-        views, ids = decoder.take()
-        prepared = pending.popleft()
+    def _finish(self, prepared: _Prepared, views: list[torch.Tensor], ids: NDArray[np.int64]) -> Batch:
         # With ids and targets in one copy; the ids went through the decoder, as the pixels did.
         numbers = torch.from_numpy(np.stack([ids, prepared.targets]))
         if self._device.type == "cuda":
@@ -183,32 +179,3 @@ class ImageFolder(Pipeline):
         if self._decoder_name == "torchvision":
             return TorchvisionDecoder(plan, self._decoders)
         return Graph(plan, self._config.decoding.threads, self._device if self._decoder_name == "mixed" else None)
-
-    def _broken_file(self, files: Files, pending: deque[_Prepared], plan: Plan) -> DataError | None:
-        """Finds the file that stopped the decoder, which names only the batch, by decoding one at a time."""
-        decoder = self._decoder(replace(plan, largest=1))
-        for work in (prepared.work for prepared in pending):
-            for index, name in enumerate(work.ids):
-                try:
-                    decoder.feed(work.one(index))
-                    decoder.take()
-                except RuntimeError:
-                    return DataError(
-                        f"{files.listing.path(name)}: expected a whole JPEG or PNG image, found "
-                        f"{work.encoded[index].size} bytes that cannot be decoded. {FETCH}"
-                    )
-        return None
-
-
-def _ahead(pool: ThreadPoolExecutor, prepare: Callable[[int], _Prepared], steps: range) -> Iterator[_Prepared]:
-    """Yields what ``prepare`` gives for each step, in order, while the pool is some steps ahead."""
-    left = iter(steps)
-    futures: deque[Future[_Prepared]] = deque(pool.submit(prepare, step) for step in islice(left, _READERS))
-    try:
-        while futures:
-            prepared = futures.popleft().result()
-            futures.extend(pool.submit(prepare, step) for step in islice(left, 1))
-            yield prepared
-    finally:
-        for future in futures:
-            future.cancel()

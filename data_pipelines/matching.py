@@ -100,12 +100,15 @@ class _Matched(Pipeline):
     ) -> None:
         self._whole, self._places = whole, torch.from_numpy(places).to(device)
         self.class_names, self.num_classes = classes, len(classes)
+        self.damage, self.remarks = whole.damage, whole.remarks
         self.channels, self.image_size, self.global_batch = whole.channels, whole.image_size, whole.global_batch
         self.train_size, self.held_out_size, self.eval_size = whole.train_size, whole.held_out_size, whole.eval_size
         self.steps_per_epoch, self.train_targets = whole.steps_per_epoch, places[whole.train_targets]
 
     def _named(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        return (replace(batch, targets=self._places[batch.targets]) for batch in batches)
+        # Those of no class, because they cannot be read, stay so.
+        places = torch.cat([self._places, self._places.new_full((1,), -1)])
+        return (replace(batch, targets=places[batch.targets]) for batch in batches)
 
     def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""

@@ -28,6 +28,7 @@ from engine.reporting.tracking import Tracker, follow, last_evaluation
 from engine.safety import going_on, loading, rollback, saving
 from engine.safety.answers import Told, answer, tell_collapses
 from engine.safety.checkpoint import Best, Standing
+from engine.safety.damage import tell_damage
 from engine.safety.going_on import Standpoint
 from engine.safety.health import LINES_SHOW, SCORES_SHOW, collapsed, examine
 from engine.safety.preemption import Preemption
@@ -258,6 +259,9 @@ class _Run:
             top1 = self._score()
             if keeps and (self.best is None or top1 > self.best.top1):
                 self.best, save = Best(self.step, top1), True
+        if now.ends_epoch or now.score or self.stopped_by:
+            say = self.tracker.say if self.tracker else _say_nothing
+            tell_damage(self.pipeline, self.placement, self.config.folder, say)
         if save and keeps:
             self._aside = "checkpoint"
             standing = Standing(

@@ -58,12 +58,16 @@ class TorchvisionDecoder:
 
 def _decoded(encoded: NDArray[np.uint8]) -> torch.Tensor:
     """uint8 [3, H, W] of a JPEG, PNG, WebP or BMP file, by what is in it rather than by its name."""
-    from torchvision.io import ImageReadMode, decode_image
+    if encoded[:2].tobytes() == b"\xff\xd8":
+        from torchvision.io import ImageReadMode, decode_jpeg
 
-    if encoded[:2].tobytes() == b"BM":  # which torchvision does not know
+        # A copy: bytes that were read may not be written to, and PyTorch warns of that.
+        return decode_jpeg(torch.tensor(encoded), mode=ImageReadMode.RGB, apply_exif_orientation=False)
+    # The few others by PIL: on a damaged PNG torchvision 0.29 ends the process by a segmentation fault.
+    try:
         with Image.open(io.BytesIO(encoded.tobytes())) as image:
+            if image.mode.startswith("I"):  # 16 bits
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    # A copy: bytes that were read may not be written to, and PyTorch warns of that.
-    pixels = decode_image(torch.tensor(encoded), mode=ImageReadMode.RGB, apply_exif_orientation=False)
-    # PNG files of 16 bits stay so.
-    return pixels if pixels.dtype == torch.uint8 else (pixels.to(torch.int32) >> 8).to(torch.uint8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RuntimeError(f"cannot be decoded: {error}") from None

@@ -1,6 +1,5 @@
 """ImageNet-style folders, ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG: their listing, and their files."""
 
-import io
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,17 +7,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data_pipelines.contract import DataError
+from data_pipelines.damage import FETCH, Damage, Damaged, UnreadableError
+from data_pipelines.sources.files import measured, read_bytes, stand_in
 
 _EXTENSIONS = (".jpeg", ".jpg", ".png")
 _GET = (
     "image_folder wants ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG; ImageNet (ILSVRC2012) comes from "
     "https://image-net.org/download-images"
 )
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # by what is in a file, whatever its name says
-FETCH = "Fetch the file again, or take it out"
 
 
 @dataclass(frozen=True)
@@ -74,31 +72,97 @@ def list_validation(root: Path) -> Listing:
     return _list_split(root, "val" if (root / "val").is_dir() else ".")
 
 
-class Files:
-    """Reads encoded files, and remembers the size of each photo once its header was seen."""
+@dataclass(frozen=True)
+class Read:
+    """Encoded photos.
 
-    def __init__(self, listing: Listing) -> None:
-        self.listing = listing
+    Attributes:
+        ids: which samples these are; not those that were asked for where some were replaced: int64 [n].
+        encoded: the bytes of each, uint8.
+        sizes: (height, width) of each, int64 [n, 2].
+        readable: whether it is the sample, or stands in for one that is to be counted as wrong: bool [n].
+    """
+
+    ids: NDArray[np.int64]
+    encoded: list[NDArray[np.uint8]]
+    sizes: NDArray[np.int64]
+    readable: NDArray[np.bool_]
+
+
+class Files:
+    """Reads encoded files, and remembers the size of each photo once its header was seen.
+
+    Args:
+        listing: of the files.
+        split: its name, train or val.
+        damage: is told of files that cannot be read.
+    """
+
+    def __init__(self, listing: Listing, split: str, damage: Damage) -> None:
+        self.listing, self._split, self._damage = listing, split, damage
         self._sizes = np.zeros((len(listing.names), 2), np.int32)
 
-    def read(self, ids: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
-        """Returns the bytes of each file, and the (height, width) of each photo, int64 [n, 2]."""
-        encoded = [self._read(index) for index in ids]
-        return encoded, self._sizes[ids].astype(np.int64)
+    def tell(self, index: int, reason: str) -> None:
+        """Tells that a sample cannot be used. Raises: DataError, where the run is to end for it."""
+        self._damage.tell(Damaged(self._split, self.listing.path(index), reason))
 
-    def _read(self, index: int) -> NDArray[np.uint8]:
-        path = self.listing.path(index)
+    def read(self, ids: NDArray[np.int64], among: NDArray[np.int64], broken: frozenset[int] = frozenset()) -> Read:
+        """Reads samples to train on. One that cannot be read is replaced by the next of its class that can, the last
+        one by the first: by a rule of the id alone, so that all ranks replace alike.
+
+        Args:
+            ids: which, int64 [n].
+            among: what may take their places, ascending, int64.
+            broken: those that are there and cannot be decoded; whoever found that has told of it.
+
+        Raises:
+            DataError: nothing of a class can be read, or the run is to end for what cannot.
+        """
+        read = [self._or_next(int(index), among, broken) for index in ids]
+        used = np.array([index for index, _ in read], np.int64)
+        return Read(used, [encoded for _, encoded in read], self._sizes[used].astype(np.int64), np.ones(len(ids), bool))
+
+    def read_as_they_are(self, ids: NDArray[np.int64], broken: frozenset[int] = frozenset()) -> Read:
+        """Reads samples of which each is wanted once; something grey stands in for one that cannot be read.
+
+        Raises:
+            DataError: the run is to end for it.
+        """
+        encoded, sizes, readable = [], np.empty((len(ids), 2), np.int64), np.ones(len(ids), bool)
+        for row, index in enumerate(ids):
+            found = None if int(index) in broken else self._told(int(index))
+            if found is None:
+                found, sizes[row] = stand_in()
+                readable[row] = False
+            else:
+                sizes[row] = self._sizes[index]
+            encoded.append(found)
+        return Read(ids, encoded, sizes, readable)
+
+    def _or_next(self, wanted: int, among: NDArray[np.int64], broken: frozenset[int]) -> tuple[int, NDArray[np.uint8]]:
+        if wanted not in broken and (encoded := self._told(wanted)) is not None:
+            return wanted, encoded
+        label = self.listing.labels[wanted]
+        kin = among[self.listing.labels[among] == label]
+        after = np.searchsorted(kin, wanted, side="right")
+        for index in np.roll(kin, -after).tolist():
+            if index != wanted and index not in broken and (encoded := self._told(index)) is not None:
+                return index, encoded
+        raise DataError(
+            f"{self.listing.folder / self.listing.classes[label]}: expected at least one image that can be read, found "
+            f"{len(kin)} that cannot. {FETCH}"
+        )
+
+    def _told(self, index: int) -> NDArray[np.uint8] | None:
+        """The bytes of a file; None where they are no image, which is told."""
         try:
-            with open(path, "rb") as file:
-                encoded = file.read()
+            content = read_bytes(self.listing.path(index))
             if not self._sizes[index, 0]:
-                with Image.open(io.BytesIO(encoded), formats=_FORMATS) as header:
-                    self._sizes[index] = header.height, header.width
-        except OSError as error:
-            raise DataError(
-                f"{path}: expected a JPEG or PNG image, found a file that is neither or cannot be read. {FETCH}"
-            ) from error
-        return np.frombuffer(encoded, np.uint8)
+                self._sizes[index] = measured(content)
+        except UnreadableError as error:
+            self.tell(index, str(error))
+            return None
+        return np.frombuffer(content, np.uint8)
 
 
 def _list_split(root: Path, name: str) -> Listing:

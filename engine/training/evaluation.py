@@ -47,6 +47,8 @@ class Scores:
     apart: list[float]
     """Of each peer, how far its logits z are from those z' of the peer nearest to it: E|z - z'|^2 over the mean of
     E|z|^2 and E|z'|^2, each less its mean over classes; 0 where two peers compute the same. Empty for one peer."""
+    unreadable: int = 0
+    """Images that cannot be read; they count as wrong, and have no loss."""
 
 
 def evaluate(
@@ -83,8 +85,8 @@ def evaluate(
     sizes = [num_peers + 1, num_peers + 1, (num_peers + 1) * classes, len(pairs), num_peers]
     sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
     loss, squares, totals, gaps, lengths = sums.split(sizes)
-    # Images, sum of their ids, sum of the squares of their ids; disagreements of all pairs.
-    seen = torch.zeros(4, dtype=torch.int64, device=device)
+    # Images, sum of their ids, sum of the squares of their ids; disagreements of all pairs; images that are not there.
+    seen = torch.zeros(5, dtype=torch.int64, device=device)
     with _evaluated(networks), torch.inference_mode():
         for rows in pipeline.evaluate(placement.replica, placement.replicas, batch):
             with precision.autocast(device, autocast):
@@ -110,7 +112,8 @@ def evaluate(
                 lengths += centred.square().sum((1, 2))
                 if pairs:
                     gaps += torch.stack([(centred[i] - centred[j]).square().sum() for i, j in pairs])
-                seen += torch.stack([torch.tensor(len(ids), device=device), ids.sum(), (ids * ids).sum(), different])
+                count, missing = torch.tensor(len(ids), device=device), (rows.targets < 0).sum()
+                seen += torch.stack([count, ids.sum(), (ids * ids).sum(), different, missing])
             counted(len(rows.ids))
 
     dist.all_reduce(right)
@@ -122,16 +125,19 @@ def evaluate(
         raise RuntimeError(
             f"evaluation counted {total} images, or some of them twice; the validation split has {n}, each once"
         )
+    unreadable = int(seen[4])
     percent = (right.double() * 100 / n).tolist()
     spread = 1 - totals.view(-1, classes).square().sum(1) / (n * squares)
     scores = [
         Score(*right_of_all, *others)
-        for right_of_all, *others in zip(percent, (loss / n).tolist(), spread.tolist(), strict=True)
+        for right_of_all, *others in zip(
+            percent, (loss / max(n - unreadable, 1)).tolist(), spread.tolist(), strict=True
+        )
     ]
     firsts, seconds = (lengths[[pair[side] for pair in pairs]] for side in (0, 1))
     relative = (2 * gaps / (firsts + seconds)).tolist()
     apart = [min(x for pair, x in zip(pairs, relative, strict=True) if k in pair) for k in range(num_peers) if pairs]
-    return Scores(scores[:-1], scores[-1], 100.0 * seen[3].item() / (n * max(len(pairs), 1)), apart)
+    return Scores(scores[:-1], scores[-1], 100.0 * seen[3].item() / (n * max(len(pairs), 1)), apart, unreadable)
 
 
 def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
@@ -180,6 +186,8 @@ def score(
             values |= {f"{prefix}/{name}/{key}": value for key, value in asdict(each).items()}
         values |= {f"{prefix}/{name}/apart": apart for name, apart in zip(names, scores.apart, strict=False)}
         values[f"{prefix}/disagreement"] = scores.disagreement
+        if scores.unreadable:
+            values[f"{prefix}/unreadable"] = scores.unreadable
     return values
 
 
@@ -234,4 +242,4 @@ def _drop_maps(cohort: Cohort) -> None:
 def _count(logits: Tensor, targets: Tensor, right: Tensor, loss: Tensor) -> None:
     best = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
     right += torch.stack([best[:, 0].sum(), best.sum()])
-    loss += F.nll_loss(F.log_softmax(logits, dim=-1), targets, reduction="sum")
+    loss += F.nll_loss(F.log_softmax(logits, dim=-1), targets, ignore_index=-1, reduction="sum")

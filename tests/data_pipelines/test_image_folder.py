@@ -83,8 +83,8 @@ def test_photos_decoded_whole_keep_their_rows_and_can_be_broken(photos: Path, tm
     copied = Path(shutil.copytree(photos, tmp_path / "photos"))
     for path in (copied / "train").rglob("*.JPEG"):
         path.write_bytes(path.read_bytes()[:1500])
-    broken = _open(copied, views="per_peer")
-    with pytest.raises(DataError, match="found 1500 bytes that cannot be decoded"):
+    broken = _open(copied, views="per_peer", on_error="raise")
+    with pytest.raises(DataError, match="found 1500 bytes of a JPEG file that was cut short"):
         list(broken.train(0, 0, slice(0, 8), (0, 1)))
     broken.close()
 
@@ -203,7 +203,7 @@ def copy(photos: Path, tmp_path: Path) -> Path:
 
 
 def _train_error(root: Path) -> str:
-    pipeline = _open(root)
+    pipeline = _open(root, on_error="raise")
     with pytest.raises(DataError) as caught:
         list(pipeline.train(0, 0, slice(0, 8)))
     pipeline.close()
@@ -213,11 +213,11 @@ def _train_error(root: Path) -> str:
 def test_a_photo_cut_short(copy: Path) -> None:
     path = copy / "val/n001/00.JPEG"
     path.write_bytes(path.read_bytes()[:1500])
-    pipeline = _open(copy)
+    pipeline = _open(copy, on_error="raise")
     with pytest.raises(DataError) as caught:
         list(pipeline.evaluate(0, 1, 4))
     assert str(caught.value) == (
-        f"{path}: expected a whole JPEG or PNG image, found 1500 bytes that cannot be decoded. "
+        f"{path}: expected a whole image, found 1500 bytes of a JPEG file that was cut short. "
         "Fetch the file again, or take it out"
     )
     assert len(next(iter(pipeline.evaluate(0, 5, 3))).ids) == 3
@@ -230,23 +230,20 @@ def test_a_file_that_is_no_image(copy: Path) -> None:
     first = order.epoch_order(5, 0, 27)[:8]
     message = _train_error(copy)
     expected = {
-        f"{list_folder(copy)[0].path(index)}: expected a JPEG or PNG image, found a file that is neither or cannot be "
-        "read. Fetch the file again, or take it out"
+        f"{list_folder(copy)[0].path(index)}: expected a JPEG or PNG image, found a file that is neither, or "
+        "whose beginning is damaged. Fetch the file again, or take it out"
         for index in first
     }
     assert message in expected
 
 
 def test_a_file_that_vanished(copy: Path) -> None:
-    pipeline = _open(copy)
+    pipeline = _open(copy, on_error="raise")
     path = copy / "val/n000/00.JPEG"
     path.unlink()
     with pytest.raises(DataError) as caught:
         list(pipeline.evaluate(0, 1, 4))
-    assert str(caught.value) == (
-        f"{path}: expected a JPEG or PNG image, found a file that is neither or cannot be read. "
-        "Fetch the file again, or take it out"
-    )
+    assert str(caught.value) == (f"{path}: expected an image, found no file. Fetch the file again, or take it out")
     pipeline.close()
 
 

@@ -258,7 +258,8 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "misspelt_data_key": (
         "data.paddng=3",
         "data.paddng = 3: unknown key; did you mean 'augmentation.padding'?; data has: augmentation, dataset, "
-        "decoding, global_batch, held_out, image, images_per_class, mean, repeats, root, sampler, std, views",
+        "decoding, global_batch, held_out, image, images_per_class, max_bad, mean, on_error, repeats, root, sampler, "
+        "std, views",
     ),
     "misspelt_key_of_a_section_in_a_section": (
         "data.augmentation.paddng=3",
