@@ -5,7 +5,7 @@ DALI ?= cuda13
 VENV := .venv
 BIN := $(VENV)/bin
 # Two processes on two cores: one thread each.
-TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2
+TWO := OMP_NUM_THREADS=1 $(BIN)/python launch/ranks.py --nproc-per-node=2
 
 .PHONY: help setup quickstart test test-slurm lint clean
 

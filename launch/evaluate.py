@@ -10,6 +10,8 @@ their classes are those of the run by name, or folders 0, 1, 2, ... as ImageNetV
 
 from __future__ import annotations
 
+import launch.with_parent  # noqa: F401  # isort: skip
+
 import json
 from pathlib import Path
 

@@ -12,6 +12,8 @@ A run that was killed goes on from its newest whole checkpoint when it is starte
 
 from __future__ import annotations
 
+import launch.with_parent  # noqa: F401  # isort: skip
+
 import contextlib
 import os
 import sys
@@ -26,7 +28,6 @@ from engine.forecast import forecast
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch, choose_device
 from engine.reporting import report
-from engine.safety.preemption import end_with_parent
 from engine.trainer import train
 from launch.entry import parser, require_torchrun, user_errors
 
@@ -45,8 +46,6 @@ of all but 0, and ends with 1 as well if it got the signal itself.
 @record
 def main() -> None:
     """The command."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
     arguments = parser(__doc__ or "", EPILOG)
     arguments.add_words("CONFIG", "a YAML file, such as those in configs/, or the folder of a run")
     arguments.add_argument("--print-config", action="store_true", help="print the resolved config and end")

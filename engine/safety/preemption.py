@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import threading
@@ -18,17 +17,6 @@ from torch import Tensor
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 """What a scheduler sends before it takes the machine away, a terminal that closes, and Ctrl-C."""
-
-_PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent() -> None:
-    """Has the kernel kill this process as soon as the one that started it is dead.
-
-    Ranks whose torchrun was killed would train on, and write into the folder beside those that are started after them.
-    """
-    with contextlib.suppress(AttributeError):  # only Linux can
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 class Preemption:

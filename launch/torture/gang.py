@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.config.loading import load
 from engine.reporting.tracking import read_metrics
-from engine.safety.preemption import end_with_parent
+from launch.with_parent import end_with_parent
 
 ROOT = Path(__file__).parents[2]
 

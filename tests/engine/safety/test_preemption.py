@@ -18,8 +18,9 @@ from engine.config import RunConfig
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
 from engine.safety import loading
-from engine.safety.preemption import Preemption, end_with_parent
+from engine.safety.preemption import Preemption
 from engine.trainer import train
+from launch.with_parent import end_with_parent
 from tests.kills import assert_same_state, chance, final_state, last_step, numbers, running, state_of
 from tests.runs import small_run, train_here
 from tests.worlds import _context, run_ranks

@@ -1,0 +1,108 @@
+"""launch/ranks.py: torchrun, closed to other machines. Real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.config import RunConfig
+from engine.config.loading import dump
+from tests.kills import last_step
+from tests.runs import small_run
+
+ROOT = Path(__file__).parents[2]
+COMMAND = (sys.executable, "launch/ranks.py", "--nproc-per-node=2")
+
+
+@contextlib.contextmanager
+def started(config: RunConfig, *options: str, out: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    file = config.folder.parent / "run.yaml"
+    file.write_text(dump(config))
+    with (config.folder.parent / "output").open("w") as output, open(out or os.devnull, "w") as stdout:
+        process = subprocess.Popen(
+            [*COMMAND, *options, "launch/train.py", str(file)], cwd=ROOT, stdout=stdout, stderr=output
+        )
+        try:
+            yield process
+        finally:
+            left = workers(process.pid)
+            process.kill()
+            process.wait()
+            wait_until(lambda: not any(map(command, left)))
+
+
+def workers(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in children if b"launch/train.py" in command(int(child))]
+    return []
+
+
+def command(pid: int) -> bytes:
+    """Of a process that lives."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def wait_until(due: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not due():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def listens(pid: int) -> set[str]:
+    """The addresses, in the kernel's hexadecimal, at which a process accepts connections."""
+    mine = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            mine.add(os.readlink(path))
+    lines = [line.split() for t in ("tcp", "tcp6") for line in Path(f"/proc/net/{t}").read_text().splitlines()[1:]]
+    return {f[1].partition(":")[0] for f in lines if f[3] == "0A" and f"socket:[{f[9]}]" in mine}
+
+
+def test_nobody_else_can_reach_it_a_rank_that_dies_is_replaced_and_sigusr1_saves(tiny: Path, tmp_path: Path) -> None:
+    config = small_run(tiny, tmp_path / "run", train={"epochs": 2000}, log={"every_steps": 1})
+    with started(config, "--max-restarts=1") as launcher:
+        wait_until(lambda: last_step(config.folder) >= 2)
+        first = workers(launcher.pid)
+        assert len(first) == 2
+        assert set.union(*(listens(pid) for pid in (launcher.pid, *first))) == {"0100007F"}
+        os.kill(first[1], signal.SIGKILL)
+        wait_until(lambda: bool(workers(launcher.pid)) and not set(first) & set(workers(launcher.pid)))
+        before = last_step(config.folder)
+        wait_until(lambda: last_step(config.folder) > before)
+        launcher.send_signal(signal.SIGUSR1)
+        assert launcher.wait(60) == 0, (tmp_path / "output").read_text()
+    assert f"signal SIGUSR1 at step {last_step(config.folder)}: saved" in (tmp_path / "output").read_text()
+
+
+@pytest.mark.slow
+def test_workers_whose_launcher_is_killed_while_they_are_starting_do_not_stay(tiny: Path, tmp_path: Path) -> None:
+    config = small_run(tiny, tmp_path / "run", train={"epochs": 2000})
+    with started(config) as launcher:
+        wait_until(lambda: len(workers(launcher.pid)) == 2)
+        left = workers(launcher.pid)
+        time.sleep(0.5)
+        launcher.kill()
+        launcher.wait()
+        wait_until(lambda: not any(map(command, left)))
+    assert last_step(config.folder) == 0
+
+
+@pytest.mark.slow
+def test_a_complete_run_whose_output_is_full_says_so_and_ends_with_0(tiny: Path, tmp_path: Path) -> None:
+    config = small_run(tiny, tmp_path / "run", train={"epochs": 1})
+    with started(config, out=Path("/dev/full")) as launcher:
+        assert launcher.wait(90) == 0, (tmp_path / "output").read_text()
+    said = (tmp_path / "output").read_text()
+    assert "the run is complete; the table on standard output could not be written: [Errno 28]" in said
