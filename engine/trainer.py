@@ -26,7 +26,7 @@ from engine.ranks.placement import Placement
 from engine.reporting.lines import Stretch, report_end, report_scores, report_training
 from engine.reporting.tracking import Tracker, follow, last_evaluation
 from engine.safety import going_on, loading, rollback, saving
-from engine.safety.answers import Told, answer, tell_collapses
+from engine.safety.answers import Told, answer, answer_scores, tell_collapses
 from engine.safety.checkpoint import Best, Standing
 from engine.safety.damage import tell_damage
 from engine.safety.going_on import Standpoint
@@ -44,6 +44,9 @@ from engine.training.remarks import remarks, twins
 from engine.training.step import settle, train_step
 from engine.training.timing import Clock
 from losses import Progress
+
+ALL = 2**62
+"""Checkpoints kept where none is to be removed."""
 
 
 def train(
@@ -168,6 +171,7 @@ class _Run:
         self._resume(found)
         self._alert = self.tracker.alert if self.tracker else None
         self._told: Told = frozenset()
+        self._spiking, self._begin = False, self.step
         say = self.tracker.say if self.tracker else _say_nothing
         self.saver = Saver(config.folder, self.cohort, say, held.check, held.mark)
         self._scored = last_evaluation(config.folder)
@@ -251,8 +255,10 @@ class _Run:
             check_same_weights(self.cohort, self.step)
         if now.save or now.score:
             self.cohort.average_buffers()
-        # Where a row of skipped updates may end in a rollback, no checkpoint from within pushes out those from before.
-        keeps = now.ends_run or not (self.config.health.rollback and self.meter.in_a_row)
+        # Nothing from within a row of skipped or spiking updates pushes out what was before it, and it is saved only at
+        # an end, where it may not end in a rollback.
+        calm = not (self.meter.in_a_row or self._spiking)
+        keeps = calm or now.ends_run or (self.stopped_by is not None and not self.config.health.rollback)
         save = now.save
         if now.score:
             self._aside = "evaluation"
@@ -273,7 +279,8 @@ class _Run:
                 self.steps_per_epoch,
                 self.pipeline.contents,
             )
-            self._save(standing, last=now.ends_run or self.stopped_by is not None)
+            keep = self.config.checkpoint.keep if calm else ALL
+            self._save(standing, keep, last=now.ends_run or self.stopped_by is not None)
         if self.stopped_by:
             seconds = self._preemption.seconds(self.device)
             if self.tracker:
@@ -282,13 +289,13 @@ class _Run:
         self.clock.restart()
         self._last_line = (time.perf_counter(), self.step)
 
-    def _save(self, standing: Standing, *, last: bool) -> None:
+    def _save(self, standing: Standing, keep: int, *, last: bool) -> None:
         """Has a checkpoint written; the last one is waited for, and tried again."""
         for pause in (0.0, *saving.AGAIN):
             time.sleep(pause)
             # A checkpoint after lines that are not on disk would make their loss final.
             hindrance = self.tracker.catch_up() if self.tracker else None
-            self.saver.save(standing, self.config.checkpoint.keep, hindrance, last=last)
+            self.saver.save(standing, keep, hindrance, last=last)
             if not last:
                 return
             written = [self.saver.wait()]
@@ -315,6 +322,7 @@ class _Run:
             )
             report_training(self.tracker, self.config, stretch, reading, signs)
         self._told = tell_collapses(signs.dead, LINES_SHOW, self._told, self.step, self._alert)
+        self._spiking, self._begin = bool(signs.spikes), begin
         answer(self.config, self.rollbacks, reading, signs.spikes, begin, self.step, self._alert)
 
     def _score(self) -> float:
@@ -326,4 +334,5 @@ class _Run:
         if self.tracker:
             report_scores(self.tracker, self.step, self.step / self.steps_per_epoch, scores, found)
         self._told = tell_collapses(found, SCORES_SHOW, self._told, self.step, self._alert)
+        answer_scores(self.config, self.rollbacks, scores, self._begin, self.step, self._alert)
         return sum(scores[f"val/{name}/top1"] for name in names) / len(names)

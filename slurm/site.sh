@@ -17,6 +17,17 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # torch warns with pages of C++ frames when one agent leaves before another.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
+# name_of CONFIG SEED: of a run of an array, FOLDER-CONFIG-seedN, in letters that a name may have.
+name_of() {
+  local path name
+  path=$(realpath -- "$1")
+  path=${path%.*}
+  name=$(basename "$(dirname "$path")")-$(basename "$path")-seed$2
+  name=${name//[^A-Za-z0-9_.-]/_}
+  while [[ $name == [^A-Za-z0-9]* ]]; do name=${name:1}; done
+  echo "$name"
+}
+
 # torchrun_on_all_nodes OPTIONS SCRIPT ARGUMENTS: becomes srun of one torchrun a node, with one rank a GPU. What the first
 # rank of a node prints goes to the job's log, what each rank prints to a file in $LOGS/NODE.
 torchrun_on_all_nodes() {

@@ -54,9 +54,21 @@ value_of() {
   echo "$value"
 }
 gpus=$(value_of gpus-per-node :)
-world=$(($(value_of nodes N) * ${ranks:-${gpus##*:}}))
+# --gres=gpu:8, gpu:a100:8 or gpu means the same, and comes before the script's own line.
+gres=$(value_of gres :)
+case $gres in
+  *gpu*) gpus=${gres##*gpu}; gpus=${gpus%%,*}; gpus=${gpus%%(*}; gpus=${gpus##*:}; [[ $gpus =~ ^[0-9]+$ ]] || gpus=1 ;;
+esac
+nodes=$(value_of nodes N)
+if [[ ! $nodes =~ ^[0-9]+$ ]]; then
+  echo "error: --nodes=$nodes: expected a number of nodes: a run is checked for the ranks that it will have" >&2; exit 2
+fi
+world=$((nodes * ${ranks:-${gpus##*:}}))
 for config in "${configs[@]}"; do
-  "$PYTHON" launch/train.py "$config" "${overrides[@]}" --check --ranks "$world" || { echo "not submitted" >&2; exit 2; }
+  # As each job of an array will be named, too.
+  named=()
+  [[ $script == slurm/train.sbatch ]] || named=(name="$(name_of "$config" 0)")
+  "$PYTHON" launch/train.py "$config" "${overrides[@]}" "${named[@]}" --check --ranks "$world" || { echo "not submitted" >&2; exit 2; }
 done
 
 job=$(sbatch --parsable "${options[@]}" "$script" "${arguments[@]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,8 +60,33 @@ def answer(
         return made[place] if place >= 0 else rollback.before(rollbacks, begin, -place)
 
     found = _trouble(config, reading, spikes, update, step)
-    if found is None:
-        return
+    if found is not None:
+        _act(config, rollbacks, found, begin, step, alert)
+
+
+def answer_scores(
+    config: RunConfig,
+    rollbacks: Sequence[Rollback],
+    scores: Mapping[str, float],
+    begin: int,
+    step: int,
+    alert: Alert | None,
+) -> None:
+    """To an evaluation after step `step` that is no number, as to a loss that is none; else as `answer`."""
+    wrong = [key for key, value in scores.items() if key.startswith("val/") and not math.isfinite(value)]
+    if wrong:
+        text = f"step {step}: the evaluation gave {wrong[0]} = {scores[wrong[0]]}: the weights have diverged"
+        _act(config, rollbacks, Trouble(begin, text, ends_run=True), begin, step, alert)
+
+
+def _act(
+    config: RunConfig,
+    rollbacks: Sequence[Rollback],
+    found: Trouble,
+    begin: int,
+    step: int,
+    alert: Alert | None,
+) -> None:
     limit = config.health.max_rollbacks
     if config.health.rollback and len(rollbacks) < limit:
         # The update before may be the one that did it: its own loss was taken before it.

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from engine import trainer
 from engine.config import RunConfig
-from engine.safety import rollback
-from engine.safety.answers import Told, TrainingDivergedError, answer, tell_collapses
+from engine.safety import checkpoint, rollback
+from engine.safety.answers import Told, TrainingDivergedError, answer, answer_scores, tell_collapses
 from engine.safety.health import LINES_SHOW, SCORES_SHOW
 from engine.safety.rollback import GoBack, Rollback
 from engine.safety.spikes import Spike
 from engine.training.meter import Reading
 from tests.engine.stepping import config_of
+from tests.runs import small_run, train_here
+from tests.worlds import run_ranks
 
 QUIET = Reading(terms={}, norms={}, skipped=0, longest=(0, 0))
 SPIKE = Spike("a", step=1, loss=9.0, usual=1.0, count=1)
@@ -84,3 +88,45 @@ def test_a_collapse_is_said_once_until_the_peer_has_recovered(said: list[tuple[s
         told = tell_collapses({}, SCORES_SHOW, told, step, lambda *text: said.append(text))
     assert [text.partition(":")[0] for _, text in said] == ["step 0", "step 3"]
     assert {title for title, _ in said} == {"a collapsed"}
+
+
+SCORES = {"val/a/loss": float("nan"), "val/a/top1": 10.0, "ema/a/loss": float("inf")}
+
+
+def test_an_evaluation_that_is_no_number_ends_the_run(said: list[tuple[str, str]]) -> None:
+    text = (
+        "^step 9: the evaluation gave val/a/loss = nan: the weights have diverged. The last checkpoint is from before"
+    )
+    with pytest.raises(TrainingDivergedError, match=text):
+        answer_scores(config_of(), [], SCORES, 6, 9, lambda *text: said.append(text))
+    answer_scores(config_of(), [], {"val/a/loss": 2.0, "ema/a/loss": float("inf")}, 6, 9, None)
+
+
+def test_an_evaluation_that_is_no_number_is_a_reason_to_go_back(tmp_path: Path, said: list[tuple[str, str]]) -> None:
+    config = goes_back(tmp_path)
+    with pytest.raises(GoBack):
+        answer_scores(config, [], SCORES, 6, 9, lambda *text: said.append(text))
+    [kept] = rollback.read(config.folder)
+    assert (kept.begin, kept.end) == (5, 9)
+
+
+def poisoned(config: RunConfig, first: int) -> None:
+    """From update `first` on every loss is NaN; 20 in a row would end the run, which has fewer."""
+    train_step, done = trainer.train_step, iter(range(1 << 30))
+
+    def step(cohort: Any, batches: Any, *rest: Any) -> Any:
+        if next(done) >= first:
+            for batch in batches:
+                for view in batch.views:
+                    view.mul_(float("nan"))
+        return train_step(cohort, batches, *rest)
+
+    trainer.train_step = step
+    train_here(config)
+
+
+def test_a_row_of_skipped_updates_pushes_out_no_checkpoint_from_before_it(tiny: Path, tmp_path: Path) -> None:
+    config = small_run(tiny, tmp_path, checkpoint={"every_steps": 1, "keep": 1}, log={"every_steps": 1})
+    run_ranks(1, poisoned, config, 7)
+    # Step 5 is the best, 7 the last before the row, 10 the end.
+    assert checkpoint.steps_on_disk(tmp_path)[-2:] == [7, 10]
