@@ -254,7 +254,7 @@ def test_after_the_last_rollback_a_run_ends_on_all_ranks(tiny: Path, tmp_path: P
         health={"rollback": True, "max_rollbacks": 1},
     )
     expected = (
-        "4 updates in a row met a non-finite loss or gradient, up to step 9; the limit is train.max_skipped = 3. The "
+        "step 5: the evaluation gave val/cifar_resnet8_b-0/loss = nan: the weights have diverged. The "
         "run has gone back 1 times; the limit is health.max_rollbacks = 1. Try a smaller optimizer.lr, "
         "train.clip_norm, schedule.warmup_epochs or precision.amp = bf16"
     )
