@@ -41,6 +41,10 @@ class DCM(StageTaps, Method):
     The constant is sent along, a number a row, so that the terms are the KL itself: N (C + 1) numbers a peer, a third
     of its logits. (The official code adds 1e-8 to all probabilities; here the logarithms are exact. Sent as bf16, the
     probabilities keep 2 to 3 digits, and so does the constant: the value is then off by up to about 0.1.)
+
+    Deviation from the official code: the classifiers of Wide ResNets begin as all networks here do (convolutions by
+    fan-out, BatchNorm weights 1, a linear layer of PyTorch's), where it draws convolutions and linear layers by fan-in
+    and BatchNorm weights uniformly from [0, 1].
     """
 
     name = "dcm"

@@ -26,7 +26,8 @@ class DMLOptions(MethodOptions):
     order: Literal["simultaneous", "sequential"] = Field(
         "simultaneous",
         description="`sequential` is the paper's Algorithm 1: peers are updated one after another, each against "
-        "predictions that earlier peers recompute after their update; K exchanges a step and no parallelism",
+        "predictions that earlier peers recompute after their update (their BatchNorm statistics follow a batch once); "
+        "K exchanges a step and no parallelism",
     )
     temperature: float = Field(1.0, gt=0, description="T of both softmaxes; the term is multiplied by T^2")
     weight: float = Field(1.0, ge=0, description="weight of the KL term; 1 in the paper")

@@ -52,8 +52,9 @@ class PCL(Teachers, SharedTrunk, Method):
 
     Deviations from the official code: all weights of a branch are drawn anew, where it leaves the classifiers of all
     branches equal; a teacher begins as a copy of its peer, not as another random network (which matters in the first
-    step alone); and each teacher has the trunk for itself, so that the statistics of its trunk are of its own view. The
-    trunk's parameters are the same in all teachers.
+    step alone); the BatchNorm statistics of the peers' trunk move once a step, by the mean of the views, where it moves
+    them with one view after another; and each teacher has the trunk for itself, so that the statistics of its trunk are
+    of its own view. The trunk's parameters are the same in all teachers.
     """
 
     name = "pcl"

@@ -2,7 +2,8 @@
 
 Source: Simonyan & Zisserman (ICLR 2015), in the form of PCL and OKDDip: convolutions with bias, 512-512-512-C at the
 end. With 3 channels and 100 classes it has 15,299,748 parameters, 7,640,640 of them up to PCL's cut after `block4`, and
-313.8 M multiply-adds. OKDDip's networks with branches have dropout 0.5, all others 0.
+313.8 M multiply-adds. The networks with branches of OKDDip's code (ONE's and CL-ILR's too) have
+dropout 0.5, all others 0.
 """
 
 from __future__ import annotations

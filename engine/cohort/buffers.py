@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from losses.functional import fill, flat
+
+
+@contextlib.contextmanager
+def statistics_stay(layers: Sequence[_BatchNorm]) -> Iterator[None]:
+    """BatchNorm layers in training go on normalising by their batch, and do not move their running statistics."""
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 class Remembered:

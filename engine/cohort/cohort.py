@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from data_pipelines import Batch, Pipeline
-from engine.cohort.buffers import Remembered, average, floats
+from engine.cohort.buffers import Remembered, average, floats, statistics_stay
 from engine.cohort.building import Builder
 from engine.cohort.precision import AUTOCAST, autocast, exact_products
 from engine.cohort.randomness import Streams
@@ -80,6 +80,7 @@ class Cohort:
         self._schedules = builder.schedules
         teachers = [r.ema for r in self.residents.values() if isinstance(r.ema, Teacher)]
         self._remembered = Remembered([*(r.peer for r in self.residents.values()), *teachers, self.shared])
+        self._statistics: dict[int, list[_BatchNorm]] | None = None
         self.nothing = torch.zeros((), device=device)
         self.stop = torch.zeros(1, device=device)
         """The number of a signal that this rank got, 0 without; after an update the largest of any rank."""
@@ -153,6 +154,19 @@ class Cohort:
     def restore_buffers(self, skip: Tensor) -> None:
         """Undoes what a skipped step has done to BatchNorm statistics; `skip` [1] is 1 for one that is skipped."""
         self._remembered.restore(skip)
+
+    def look_again(self, batch: Batch, progress: Progress, micro: int, peers: Sequence[int]) -> Mapping[int, Signals]:
+        """The signals of `peers` that live here, constant, after they were updated on the same batch, whose statistics
+        theirs have followed already."""
+        if self._statistics is None:
+            own = {k: r.peer.modules() for k, r in self.residents.items()}
+            self._statistics = {
+                k: [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
+                for k, modules in own.items()
+            }
+        layers = [layer for k in peers for layer in self._statistics.get(k, ())]
+        with torch.no_grad(), statistics_stay(layers):
+            return self.forward(batch, progress, micro, peers)
 
     @contextlib.contextmanager
     def gradients_stay_here(self, stay: bool) -> Iterator[None]:

@@ -21,8 +21,10 @@ def table(runs: Sequence[Path]) -> str:
     header = ("run", "method", "network", "top-1 %", "top-5 %", "loss", "best top-1 %", "at epoch")
     rows: list[tuple[str, ...]] = []
     notes = []
+    found = {run: evaluations(run) for run in runs}
+    titles = _titles(runs)
     for run in runs:
-        lines, config = evaluations(run), load_run(run)
+        lines, config, title = found[run], load_run(run), titles[run]
         names = [name for name, _ in config.trained]
         for prefix in ("val", "ema"):
             for name in (*names, "ensemble"):
@@ -36,7 +38,7 @@ def table(runs: Sequence[Path]) -> str:
                 loss = "-" if lines[-1][f"{key}/loss"] is None else f"{lines[-1][f'{key}/loss']:.3f}"
                 rows.append(
                     (
-                        config.title,
+                        title,
                         config.method.name,
                         shown,
                         *last,
@@ -46,12 +48,10 @@ def table(runs: Sequence[Path]) -> str:
                     )
                 )
         if len(names) > 1:
-            notes.append(f"{config.title}: deployed: {deployed(config, lines[-1])}")
+            notes.append(f"{title}: deployed: {deployed(config, lines[-1])}")
             mean = sum(lines[-1][f"val/{name}/top1"] for name in names) / len(names)
             disagreement = lines[-1]["val/disagreement"]
-            notes.append(
-                f"{config.title}: the peers' mean top-1 is {mean:.2f} %; two peers disagree on {disagreement:.2f} %"
-            )
+            notes.append(f"{title}: the peers' mean top-1 is {mean:.2f} %; two peers disagree on {disagreement:.2f} %")
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines_out = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -59,6 +59,15 @@ def table(runs: Sequence[Path]) -> str:
     ]
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([lines_out[0], rule, *lines_out[1:], "", *notes]).rstrip()
+
+
+def _titles(runs: Sequence[Path]) -> dict[Path, str]:
+    """What each run is called: by its name, or where two have the same by where it lies too."""
+    names = {run: load_run(run).title for run in runs}
+    alike = [run for run in names if list(names.values()).count(names[run]) > 1]
+    parts = [run.resolve().parts for run in alike]
+    shared = next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0)
+    return names | {run: f"{names[run]} ({'/'.join(run.resolve().parts[shared:])})" for run in alike}
 
 
 def deployed(config: RunConfig, scores: dict[str, Any]) -> str:
@@ -84,35 +93,52 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 def curves(runs: Sequence[Path], path: Path) -> None:
-    """Draws validation top-1 and training loss of every peer over the epochs into a PNG."""
+    """Draws validation top-1, training loss and validation loss of every peer over the epochs into a PNG; moving
+    averages and the ensemble too, where they are scored."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
-    figure, (accuracy, loss) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (accuracy, trained, validated) = plt.subplots(1, 3, figsize=(18, 4.5), layout="constrained")
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    styles = ("-", "--", "-.", ":")
-    for index, run in enumerate(runs):
+    for index, (run, title) in enumerate(_titles(runs).items()):
         scored, config = evaluations(run), load_run(run)
-        trained = [line for line in read_metrics(run) if "lr" in line]
-        names = [name for name, _ in config.trained]
-        colour = colours[index % len(colours)]
-        for k, name in enumerate((*names, "ensemble")):
-            label = f"{config.title}: {name}"
-            look: dict[str, Any] = {"color": colour, "linestyle": styles[k % len(styles)]}
-            if name == "ensemble":
-                look |= {"linestyle": "-", "linewidth": 2.5, "alpha": 0.45}
-            epochs = [line["epoch"] for line in scored]
-            accuracy.plot(epochs, [line[f"val/{name}/top1"] for line in scored], label=label, **look)
-            if name != "ensemble":
-                key = f"train/{name}/ce"
-                points = [(line["epoch"], line[key]) for line in trained if line.get(key) is not None]
-                loss.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
-    accuracy.set(xlabel="epoch", ylabel="top-1 %", title="validation accuracy")
-    loss.set(xlabel="epoch", ylabel="cross-entropy", title="training loss")
-    for axes in (accuracy, loss):
+        lines = [line for line in read_metrics(run) if "lr" in line]
+        for k, name in enumerate((*(name for name, _ in config.trained), "ensemble")):
+            for prefix in ("val", "ema"):
+                look = _look(colours[index % len(colours)], k, name, prefix)
+                label = f"{title}: {name}{' (average)' if prefix == 'ema' else ''}"
+                _draw(accuracy, scored, f"{prefix}/{name}/top1", label, look)
+                _draw(validated, scored, f"{prefix}/{name}/loss", label, look)
+            look = _look(colours[index % len(colours)], k, name, "train")
+            _draw(trained, lines, f"train/{name}/ce", f"{title}: {name}", look)
+    accuracy.set(ylabel="top-1 %", title="validation accuracy")
+    trained.set(ylabel="cross-entropy", title="training loss")
+    validated.set(ylabel="cross-entropy", title="validation loss")
+    for axes in (accuracy, trained, validated):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if axes.lines:
+            axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _look(colour: str, k: int, name: str, prefix: str) -> dict[str, Any]:
+    if name == "ensemble":
+        look: dict[str, Any] = {"linestyle": "-", "linewidth": 2.5, "alpha": 0.45}
+    else:
+        look = {"linestyle": ("-", "--", "-.", ":")[k % 4]}
+    if prefix == "ema":
+        look |= {"marker": ".", "markersize": 5, "linewidth": 0.8}
+    return {"color": colour, **look}
+
+
+def _draw(axes: Any, lines: Sequence[dict[str, Any]], key: str, label: str, look: dict[str, Any]) -> None:
+    """What of the lines holds a finite number under the key, over the epochs."""
+    points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
+    if points:
+        axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)

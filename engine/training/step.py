@@ -101,8 +101,7 @@ def _gradients(
         yield learners, signals, {key: term.detach() for key, term in terms.items()}
 
         if turn is not cohort.turns[-1]:
-            with torch.no_grad():
-                own |= cohort.forward(batch, progress, micro, turn)
+            own |= cohort.look_again(batch, progress, micro, turn)
             clock.mark("forward")
 
 

@@ -630,9 +630,10 @@ def test_same_folder_with_a_changed_key(
     trained: Path, command: Callable[..., Outcome], override: str, key: str, now: str, before: str
 ) -> None:
     left = {path: path.read_bytes() for path in (trained / "run").rglob("*") if path.is_file()}
+    meant = "; if that is meant, checkpoint.recipe_may_change=true goes on with it" if key == "optimizer.lr" else ""
     message = (
         f"error: {key} = {now}: the run in {trained}/run was started with {before}; give this one another name= or "
-        "dir=, or start over with --fresh, which moves that folder aside\n"
+        f"dir=, or start over with --fresh, which moves that folder aside{meant}\n"
     )
     assert command(trained / "small.yaml", override) == (2, "", message)
     assert {path: path.read_bytes() for path in (trained / "run").rglob("*") if path.is_file()} == left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -47,7 +48,17 @@ def test_report_has_every_peer_of_every_run_and_a_picture(run: Path, tmp_path: P
     assert out.startswith((tmp_path / "both.txt").read_text().rstrip())
     header = (tmp_path / "both.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", header[16:]) == (1440, 540)
+    assert struct.unpack(">II", header[16:]) == (2160, 540)
+
+
+def test_runs_of_one_name_are_told_apart_by_where_they_lie(run: Path, tmp_path: Path) -> None:
+    for seed in ("seed0", "seed1"):
+        shutil.copytree(run, tmp_path / "sweep" / seed / "run")
+    folders = [tmp_path / "sweep" / seed / "run" for seed in ("seed0", "seed1")]
+    out = run_command("report", *map(str, folders), "--out", str(tmp_path / "both"))[1]
+    for seed in ("seed0", "seed1"):
+        assert sum(line.startswith(f"one ({seed}/run) ") for line in out.splitlines()) == 6
+        assert f"one ({seed}/run): deployed: " in out
 
 
 def test_report_of_a_folder_without_a_run_says_so(tmp_path: Path) -> None:

@@ -331,3 +331,28 @@ def test_compiled_networks_give_the_same_losses(ranks: int) -> None:
     for one, other in zip(compiled, eager, strict=True):
         for (terms, _), (expected, _) in zip(one, other, strict=True):
             assert terms == pytest.approx(expected, rel=1e-4)
+
+
+# -- turns ------------------------------------------------------------------------------------------------------------
+
+
+def statistics_after_a_step(config: RunConfig) -> Any:
+    cohort = cohort_of(config)
+    do_steps(cohort, [0])
+    return {
+        k: {name: x.clone() for name, x in r.whole.named_buffers() if not name.startswith("_")}
+        for k, r in cohort.residents.items()
+    }
+
+
+def test_peers_that_are_looked_at_again_follow_a_batch_once() -> None:
+    """Before its own update every peer has its initial weights, in turns or not: after a step of either, the running
+    statistics (m <- 0.9 m + 0.1 batch) and their counters are the same."""
+    in_turn, at_once = (
+        run_world(1, statistics_after_a_step, config_of({"name": "dml", "order": order}, 3))[0]
+        for order in ("sequential", "simultaneous")
+    )
+    for k, buffers in at_once.items():
+        assert any(name.endswith("running_mean") for name in buffers)
+        for name, x in buffers.items():
+            assert torch.equal(in_turn[k][name], x), (k, name)
