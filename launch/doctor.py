@@ -3,7 +3,7 @@
     python launch/doctor.py configs/imagenet/dml_resnet50.yaml data.root=/data/imagenet --threads 16 --json damaged.json
 
 Each file is read and decoded as a whole, several at a time, and what is wrong with it is said: that it is gone, empty,
-cut short, no image, or damaged within. A run would show another of its class in its place (data.on_error, data.max_bad).
+cut short, no image, or damaged within. A run would show another of its class in its place (data.on_error).
 """
 
 from __future__ import annotations
