@@ -22,8 +22,7 @@ class TorchvisionDecoder:
     """
 
     def __init__(self, plan: Plan, pool: ThreadPoolExecutor) -> None:
-        # It says so for each photo, and TorchCodec wants an FFmpeg.
-        warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
+        silence()
         self._plan, self._pool = plan, pool
         self._pending: deque[tuple[Work, list[Future[list[torch.Tensor]]]]] = deque()
 
@@ -39,7 +38,7 @@ class TorchvisionDecoder:
         return [torch.stack(view) for view in views], work.ids
 
     def _photo(self, work: Work, index: int) -> list[torch.Tensor]:
-        pixels = _decoded(work.encoded[index])
+        pixels = decoded(work.encoded[index].tobytes())
         return [self._view(pixels, work, index, view) for view in range(self._plan.views)]
 
     def _view(self, pixels: torch.Tensor, work: Work, index: int, view: int) -> torch.Tensor:
@@ -56,16 +55,29 @@ class TorchvisionDecoder:
         return (shown.flip(2) if work.flips[index, view] else shown).permute(1, 2, 0).contiguous()
 
 
-def _decoded(encoded: NDArray[np.uint8]) -> torch.Tensor:
-    """uint8 [3, H, W] of a JPEG, PNG, WebP or BMP file, by what is in it rather than by its name."""
-    if encoded[:2].tobytes() == b"\xff\xd8":
+def silence() -> None:
+    """Keeps torchvision from saying with each photo that TorchCodec will take its place, which wants an FFmpeg."""
+    warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
+
+
+def decoded(encoded: bytes) -> torch.Tensor:
+    """uint8 [3, H, W] of a JPEG, PNG, WebP or BMP file, by what is in it rather than by its name.
+
+    Raises:
+        RuntimeError: it cannot be decoded.
+    """
+    if encoded[:2] == b"\xff\xd8":
         from torchvision.io import ImageReadMode, decode_jpeg
 
         # A copy: bytes that were read may not be written to, and PyTorch warns of that.
-        return decode_jpeg(torch.tensor(encoded), mode=ImageReadMode.RGB, apply_exif_orientation=False)
+        return decode_jpeg(
+            torch.frombuffer(bytearray(encoded), dtype=torch.uint8),
+            mode=ImageReadMode.RGB,
+            apply_exif_orientation=False,
+        )
     # The few others by PIL: on a damaged PNG torchvision 0.29 ends the process by a segmentation fault.
     try:
-        with Image.open(io.BytesIO(encoded.tobytes())) as image:
+        with Image.open(io.BytesIO(encoded)) as image:
             if image.mode.startswith("I"):  # 16 bits
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

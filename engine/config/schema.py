@@ -136,7 +136,7 @@ class RunConfig(Section):
             method.check(self.method, len(names))
         except ValueError as error:
             raise ValueError(f"method.name = {self.method.name}: {error}") from None
-        check_targets(self)
+        check_targets(self.data, self.train, self.method)
         if self.placement.kind == "jobs" and not issubclass(method, MeetsAsJobs):
             able = [name for name, other in METHODS.items() if issubclass(other, MeetsAsJobs)]
             raise ValueError(

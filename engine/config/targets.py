@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from losses import METHODS
-
-if TYPE_CHECKING:
-    from engine.config.schema import RunConfig
+from data_pipelines import DataConfig
+from engine.config.sections import TrainConfig
+from losses import METHODS, MethodOptions
 
 
-def check_targets(config: RunConfig) -> None:
+def check_targets(data: DataConfig, train: TrainConfig, method: MethodOptions) -> None:
     """Refuses methods that need classes where there are probabilities, and options of a loss that is not there.
 
     Raises:
         ValueError: with what was found and what was expected.
     """
-    augmentation, train = config.data.augmentation, config.train
-    if augmentation.soft_targets and METHODS[config.method.name].needs_classes(config.method):
-        name = config.method.name + (f" with ensemble = {ensemble}" if (ensemble := _ensemble(config)) else "")
+    augmentation, ensemble = data.augmentation, getattr(method, "ensemble", None)
+    if augmentation.soft_targets and METHODS[method.name].needs_classes(method):
+        name = method.name + (f" with ensemble = {ensemble}" if ensemble else "")
         key = "data.augmentation.mixing" if augmentation.mixing.on else "data.augmentation.label_smoothing"
         raise ValueError(
             f"{key}: {name} has to know of which one class an image is, so images cannot be mixed nor labels smoothed; "
@@ -31,7 +28,3 @@ def check_targets(config: RunConfig) -> None:
                     f"train.{key} = {value}: has no meaning for train.loss = {train.loss}; it belongs to "
                     "binary_cross_entropy"
                 )
-
-
-def _ensemble(config: RunConfig) -> str | None:
-    return getattr(config.method, "ensemble", None)
