@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
 from data_pipelines import DataError
 from engine.config import ConfigError, RunConfig
 from engine.ranks.collectives import Launch
@@ -36,6 +38,8 @@ def user_errors(launch: Launch) -> Iterator[None]:
         _say(launch, str(error))
         sys.exit(3)
     except OSError as error:
+        # torchrun says at its end which rank failed first, and of what.
+        get_error_handler().record_exception(error)
         _say(launch, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
         sys.exit(1)
 
