@@ -197,8 +197,7 @@ class DataConfig(Section):
             below = self.global_batch // self.tuple_size * self.tuple_size
             nearest = " or ".join(str(batch) for batch in (below, below + self.tuple_size) if batch)
             raise ValueError(
-                f"global_batch: expected a multiple of {self._tuple_of()}, found {self.global_batch}; "
-                f"nearest: {nearest}"
+                f"global_batch: expected a multiple of {_tuple_of(self)}, found {self.global_batch}; nearest: {nearest}"
             )
         if self.global_batch % self.repeats:
             raise ValueError(f"repeats: expected a divisor of global_batch = {self.global_batch}, found {self.repeats}")
@@ -226,13 +225,6 @@ class DataConfig(Section):
                 raise ValueError(f"{key}: expected {self.channels} values for {self.dataset}, found {values}")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std: expected values above 0, found {self.std}")
-
-    def _tuple_of(self) -> str:
-        """What `tuple_size` comes from, for a message."""
-        of_class = f"images_per_class = {self.images_per_class} for sampler {self.sampler}"
-        if not self.augmentation.mixing.on:
-            return of_class
-        return "2 where images are mixed" if self.sampler == "shuffle" else f"twice {of_class} where images are mixed"
 
     def _check_augmentation(self) -> None:
         sides = [self.side, *(size for _, size in self.image.training_sizes)]
@@ -340,3 +332,11 @@ def _conditional(model: type[BaseModel]) -> list[tuple[tuple[str, ...], _Only]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found += [((name, *path), only) for path, only in _conditional(field.annotation)]
     return sorted(found, key=lambda each: each[0])
+
+
+def _tuple_of(config: DataConfig) -> str:
+    """What `tuple_size` comes from, for a message."""
+    of_class = f"images_per_class = {config.images_per_class} for sampler {config.sampler}"
+    if not config.augmentation.mixing.on:
+        return of_class
+    return "2 where images are mixed" if config.sampler == "shuffle" else f"twice {of_class} where images are mixed"

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipelines import Batch, DataError, Pipeline
-from engine.cohort.cohort import Cohort
+from engine.cohort.cohort import open_cohort
+from engine.cohort.optim import rate_of
 from engine.cohort.precision import set_precision
 from engine.config import RunConfig
 from engine.files import write_json, write_text
@@ -161,7 +162,7 @@ class _Run:
         found = going_on.find(config, pipeline, placement.rank)
         self.steps_per_epoch = pipeline.steps_per_epoch
         self.steps = config.train.epochs * self.steps_per_epoch
-        self.cohort = Cohort.on(pipeline, config, placement, device, initial=found.manifest is None)
+        self.cohort = open_cohort(pipeline, config, placement, device, initial=found.manifest is None)
         self.meter = Meter(placement, device)
         self.losses = LossWatch(config.health, {})
         self.rollbacks = found.rollbacks
@@ -318,7 +319,7 @@ class _Run:
                 seconds=self._last_line[0] - since,
                 parts=parts,
                 left_out=sum(rollback.left_out(self.rollbacks, update) for update in range(begin, self.step)),
-                lr=self.cohort.rate,
+                lr=rate_of(self.cohort.optimizers()[0]),
             )
             report_training(self.tracker, self.config, stretch, reading, signs)
         self._told = tell_collapses(signs.dead, LINES_SHOW, self._told, self.step, self._alert)

@@ -14,8 +14,10 @@ from losses.functional import fill, flat
 
 
 @contextlib.contextmanager
-def statistics_stay(layers: Sequence[_BatchNorm]) -> Iterator[None]:
-    """BatchNorm layers in training go on normalising by their batch, and do not move their running statistics."""
+def statistics_stay(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """BatchNorm in training goes on normalising by its batch, and does not move its running statistics."""
+    inner = [layer for module in modules for layer in module.modules()]
+    layers = [layer for layer in inner if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
     try:

@@ -56,15 +56,8 @@ class Cohort:
         self.streams = Streams(config.seed, placement.num_peers, placement.replica, device)
 
         sizes = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
-        builder = Builder(
-            config,
-            placement,
-            self.streams,
-            self.replica_group,
-            steps_per_epoch=steps_per_epoch,
-            initial=initial,
-            **sizes,
-        )
+        sizes |= {"steps_per_epoch": steps_per_epoch}
+        builder = Builder(config, placement, self.streams, self.replica_group, initial=initial, **sizes)
         outlines = [builder.outline(index) for index in range(placement.num_peers)]
         self.method = builder.method(outlines)
         self.turns = turns_of(type(self.method), config.method, placement.num_peers)
@@ -80,43 +73,9 @@ class Cohort:
         self._schedules = builder.schedules
         teachers = [r.ema for r in self.residents.values() if isinstance(r.ema, Teacher)]
         self._remembered = Remembered([*(r.peer for r in self.residents.values()), *teachers, self.shared])
-        self._statistics: dict[int, list[_BatchNorm]] | None = None
         self.nothing = torch.zeros((), device=device)
         self.stop = torch.zeros(1, device=device)
         """The number of a signal that this rank got, 0 without; after an update the largest of any rank."""
-
-    @classmethod
-    def on(
-        cls,
-        pipeline: Pipeline,
-        config: RunConfig,
-        placement: Placement,
-        device: torch.device,
-        *,
-        initial: bool = True,
-    ) -> Cohort:
-        """The cohort for the images of a pipeline.
-
-        Args:
-            initial: whether the weights are read that peers start from; not where those of a checkpoint follow.
-
-        Raises:
-            ConfigError: the images are not fit for the method.
-        """
-        cohort = cls(
-            config,
-            placement,
-            device,
-            num_classes=pipeline.num_classes,
-            channels=pipeline.channels,
-            image_size=pipeline.image_size,
-            steps_per_epoch=pipeline.steps_per_epoch,
-            initial=initial,
-        )
-        cohort.prepare(torch.from_numpy(pipeline.train_targets))
-        if cohort.meeting is not None:
-            cohort.meeting.program = program(pipeline.contents)
-        return cohort
 
     def prepare(self, classes: Tensor) -> None:
         """Tells a method that has `Tables` of the training images' classes, int64 [n]. Raises: ConfigError."""
@@ -158,14 +117,7 @@ class Cohort:
     def look_again(self, batch: Batch, progress: Progress, micro: int, peers: Sequence[int]) -> Mapping[int, Signals]:
         """The signals of `peers` that live here, constant, after they were updated on the same batch, whose statistics
         theirs have followed already."""
-        if self._statistics is None:
-            own = {k: r.peer.modules() for k, r in self.residents.items()}
-            self._statistics = {
-                k: [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
-                for k, modules in own.items()
-            }
-        layers = [layer for k in peers for layer in self._statistics.get(k, ())]
-        with torch.no_grad(), statistics_stay(layers):
+        with torch.no_grad(), statistics_stay(self.residents[k].peer for k in peers if k in self.residents):
             return self.forward(batch, progress, micro, peers)
 
     @contextlib.contextmanager
@@ -252,13 +204,6 @@ class Cohort:
         shared = [self.shared_optimizer] if self.shared_optimizer else []
         return [*(r.optimizer for r in self.residents.values()), *shared, *self.outer_optimizers()]
 
-    @property
-    def rate(self) -> float:
-        """The learning rate of the last layers of the first peer here."""
-        group = self.optimizers()[0].param_groups[0]
-        rate: float = group["lr"] / group.get("lr_scale", 1.0)
-        return rate
-
     def outer_optimizers(self) -> list[torch.optim.Optimizer]:
         """Of what outer steps move, of each resident that has some."""
         return [r.outer_optimizer for r in self.residents.values() if r.outer_optimizer is not None]
@@ -280,3 +225,30 @@ class Cohort:
         statistics = [module for module in self.method.modules() if isinstance(module, _BatchNorm) and module.training]
         trunk = [self.trunk.module] if self.trunk else []
         average(floats([*trunk, *statistics]), dist.group.WORLD)
+
+
+def open_cohort(
+    pipeline: Pipeline, config: RunConfig, placement: Placement, device: torch.device, *, initial: bool = True
+) -> Cohort:
+    """The cohort for the images of a pipeline.
+
+    Args:
+        initial: whether the weights are read that peers start from; not where those of a checkpoint follow.
+
+    Raises:
+        ConfigError: the images are not fit for the method.
+    """
+    cohort = Cohort(
+        config,
+        placement,
+        device,
+        num_classes=pipeline.num_classes,
+        channels=pipeline.channels,
+        image_size=pipeline.image_size,
+        steps_per_epoch=pipeline.steps_per_epoch,
+        initial=initial,
+    )
+    cohort.prepare(torch.from_numpy(pipeline.train_targets))
+    if cohort.meeting is not None:
+        cohort.meeting.program = program(pipeline.contents)
+    return cohort

@@ -129,6 +129,13 @@ def make_schedule(
     return schedule
 
 
+def rate_of(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the last layers, which no `layer_decay` lowers."""
+    group = optimizer.param_groups[0]
+    rate: float = group["lr"] / group.get("lr_scale", 1.0)
+    return rate
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm of all gradients together; non-finite where one of them is."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from data_pipelines import DataConfig, open_pipeline
-from engine.cohort.cohort import Cohort
+from engine.cohort.cohort import open_cohort
 from engine.cohort.precision import set_precision
 from engine.config import RunConfig
 from engine.ranks.placement import plan
@@ -103,7 +103,7 @@ def evaluate_on(config: RunConfig, device: str) -> dict[str, Any]:
     with world(device) as where:
         pipelines = {"device": open_pipeline(config.data, 0, where), "cpu": open_pipeline(config.data, 0, CPU)}
         cohorts = {
-            name: Cohort.on(pipeline, config, plan(config, 1, 0), where if name == "device" else CPU)
+            name: open_cohort(pipeline, config, plan(config, 1, 0), where if name == "device" else CPU)
             for name, pipeline in pipelines.items()
         }
         networks = cohorts["cpu"].networks()
@@ -148,7 +148,7 @@ def pipeline_steps(config: RunConfig, device: str) -> list[float]:
     waits. Gives the mean cross-entropy of each step."""
     with world(device) as where:
         pipeline, placement = open_pipeline(config.data, config.seed, where), plan(config, 1, 0)
-        cohort = Cohort.on(pipeline, config, placement, where)
+        cohort = open_cohort(pipeline, config, placement, where)
         meter, clock, losses = Meter(placement, where), Clock(where), []
         try:
             for step in range(40):
