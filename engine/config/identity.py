@@ -92,7 +92,9 @@ def read_identity(text: str) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
-    """{key: (before, now)} of every value in which two identities differ."""
+    """{key: (before, now)} of every value in which two identities differ; in lists of one length by their places."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = (dict(enumerate(values)) for values in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):
         found: dict[str, tuple[Any, Any]] = {}
         for name in {**before, **now}:

@@ -54,10 +54,16 @@ class _Process:
 
 
 class Owner:
-    """What this process holds of a folder: its file there, which it touches until `release`."""
+    """What this process holds of a folder: its file there, which it touches until `release`.
 
-    def __init__(self, path: Path, token: str) -> None:
-        self.path, self.token = path, token
+    Args:
+        path: of the file.
+        token: what stands in it.
+        made: whether the folder was not there before; it goes again if nothing has come into it.
+    """
+
+    def __init__(self, path: Path, token: str, *, made: bool = False) -> None:
+        self.path, self.token, self._made = path, token, made
         self.may_vanish = False
         """Whether a folder that is gone altogether is no reason to end."""
         self._over = threading.Event()
@@ -87,6 +93,8 @@ class Owner:
             if holds(self.path, self.token):
                 self.path.unlink()
             self.path.parent.rmdir()
+            if self._made:
+                self.path.parent.parent.rmdir()
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
@@ -107,6 +115,7 @@ def take(folder: Path, what: str, stop: Callable[[], bool], say: Callable[[str],
         ConfigError: another run has it, and lives.
         OSError: it cannot be written to.
     """
+    made = not folder.exists()
     while True:
         place = folder / "owner"
         place.mkdir(parents=True, exist_ok=True)
@@ -130,7 +139,7 @@ def take(folder: Path, what: str, stop: Callable[[], bool], say: Callable[[str],
         for number in _numbers(place):
             if number <= last:
                 (place / str(number)).unlink(missing_ok=True)
-        return Owner(path, token)
+        return Owner(path, token, made=made)
 
 
 def holds(path: Path, token: str) -> bool:

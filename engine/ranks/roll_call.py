@@ -59,7 +59,7 @@ def roll_call(config: RunConfig, device: torch.device, contents: Mapping[str, st
     failed = {rank: why for rank, (_, why, _) in enumerate(everyone) if why}
     for rank, why in failed.items():
         others = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
-        raise ConfigError(f"rank {rank} on {hosts[rank]}{others}: {why}")
+        raise ConfigError(f"rank {rank} on {hosts[rank]}{others}: {why}" if len(everyone) > 1 else why)
     said = [values for _, _, values in everyone]
     for key in mine:
         found = _odd_one([values.get(key) for values in said])

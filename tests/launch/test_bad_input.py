@@ -291,8 +291,9 @@ def test_checkpoint_of_other_peers(trained: Path, command: Callable[..., Outcome
     code, out, err = command(trained / "small.yaml", "peers.0.name=other")
     assert (code, out) == (2, "")
     assert err == (
-        f"error: {trained}/run/checkpoints/step_00000010: of the peers cifar_resnet8_b-0, cifar_resnet8_b-1; "
-        "expected other-0, other-1\n"
+        f"error: peers.0.name = 'other': the run in {trained}/run was started with None; give this one another name= or "
+        "dir=, or start over with --fresh, which moves that folder aside
+"
     )
 
 
