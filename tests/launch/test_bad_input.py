@@ -292,8 +292,7 @@ def test_checkpoint_of_other_peers(trained: Path, command: Callable[..., Outcome
     assert (code, out) == (2, "")
     assert err == (
         f"error: peers.0.name = 'other': the run in {trained}/run was started with None; give this one another name= or "
-        "dir=, or start over with --fresh, which moves that folder aside
-"
+        "dir=, or start over with --fresh, which moves that folder aside\n"
     )
 
 
