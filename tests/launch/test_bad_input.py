@@ -291,8 +291,8 @@ def test_checkpoint_of_other_peers(trained: Path, command: Callable[..., Outcome
     code, out, err = command(trained / "small.yaml", "peers.0.name=other")
     assert (code, out) == (2, "")
     assert err == (
-        f"error: peers.0.name = 'other': the run in {trained}/run was started with None; give this one another name= or "
-        "dir=, or start over with --fresh, which moves that folder aside\n"
+        f"error: peers.0.name = 'other': the run in {trained}/run was started with None; give this one another name= "
+        "or dir=, or start over with --fresh, which moves that folder aside\n"
     )
 
 
