@@ -91,8 +91,19 @@ def rehearsed(config: RunConfig, world: int = 1, rank: int | None = None, **how:
     return rehearse(config, placement, how.pop("images", SMALL), **how)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("case", CASES)
+OFTEN = ("colocated, 1 rank", "spread", "hybrid, 4 peers on 2 ranks")
+"""Places that every case is tried in each time; a few cases in all."""
+EVERYWHERE = ("independent", "dml", "one", "mcl, global", "pcl")
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [
+        pytest.param(case, place, marks=[] if place in OFTEN or case in EVERYWHERE else pytest.mark.slow)
+        for case in CASES
+        for place in PLACES
+    ],
+)
 def test_a_step_mixes_no_devices_and_the_host_never_waits(case: str, place: str) -> None:
     kind, replicas, world = PLACES[place]
     config = config_of(CASES[case], kind, 4 if kind == "hybrid" else None)
