@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipelines import order
+from data_pipelines.ahead import one_ahead
 from data_pipelines.augmentation.chain import Augmenter, Drawn
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, Pipeline
@@ -155,7 +156,11 @@ class ImageFolder(Pipeline):
         # evaluation, with batches in flight.
         decoder = self._idle.pop(plan, None) or self._decoder(plan)
         stream = Stream(plan, self._decoder, decoder, prepare, tell)
-        for prepared, views, ids in stream(self._readers, steps):
+        found = stream(self._readers, steps)
+        if self._device.type == "cuda" and self._decoder_name != "mixed":
+            # Copying pixels to where a GPU fetches them takes milliseconds, which the training thread shall not spend.
+            found = one_ahead(found, _pinned)
+        for prepared, views, ids in found:
             yield self._finish(prepared, views, ids)
             # They lie in the decoder's memory, which it wants back.
             del views
@@ -167,7 +172,6 @@ class ImageFolder(Pipeline):
         numbers = torch.from_numpy(np.stack([ids, prepared.targets]))
         if self._device.type == "cuda":
             numbers = numbers.pin_memory()
-            views = [pixels if pixels.is_cuda else pixels.pin_memory() for pixels in views]
         *views, numbers = (tensor.to(self._device, non_blocking=True) for tensor in (*views, numbers))
         # Normalising copies the pixels out of DALI's buffers, which go back to DALI when ``views`` does.
         if prepared.drawn is None:
@@ -179,3 +183,11 @@ class ImageFolder(Pipeline):
         if self._decoder_name == "torchvision":
             return TorchvisionDecoder(plan, self._decoders)
         return Graph(plan, self._config.decoding.threads, self._device if self._decoder_name == "mixed" else None)
+
+
+_Found = tuple[_Prepared, list[torch.Tensor], NDArray[np.int64]]
+
+
+def _pinned(found: _Found) -> _Found:
+    prepared, views, ids = found
+    return prepared, [pixels.pin_memory() for pixels in views], ids
