@@ -182,6 +182,8 @@ class _Run:
         self.clock = Clock(device)
         self._aside = ""
         self._limited = False
+        self._stop = torch.zeros(1, device=device)
+        """The number of a signal that this rank got, 0 without."""
         self._last_line = (time.perf_counter(), self.step)
 
     def _resume(self, found: Standpoint) -> None:
@@ -237,14 +239,15 @@ class _Run:
         self._held.check()
 
     def _update(self, batch: Batch) -> None:
-        self._preemption.ask(self.cohort.stop)
+        self._preemption.ask(self._stop)
         parts = batch.split(self.config.train.accumulation)
-        self.meter.add(train_step(self.cohort, parts, self._progress, self.clock))
+        outcome = train_step(self.cohort, parts, self._progress, self.clock, self._stop)
+        self.meter.add(outcome)
         if not self._limited:
             limit_waiting(self.config.train.timeout)
             self._limited = True
         if self.step + 1 < self.steps:
-            self.stopped_by = self._preemption.agreed(self.cohort.stop)
+            self.stopped_by = self._preemption.agreed(outcome.stop)
 
     def _look_up(self, now: Due, ids: Tensor) -> None:
         """What is due after a step, in the order in which a kill between two of them loses nothing: a checkpoint comes

@@ -74,8 +74,6 @@ class Cohort:
         teachers = [r.ema for r in self.residents.values() if isinstance(r.ema, Teacher)]
         self._remembered = Remembered([*(r.peer for r in self.residents.values()), *teachers, self.shared])
         self.nothing = torch.zeros((), device=device)
-        self.stop = torch.zeros(1, device=device)
-        """The number of a signal that this rank got, 0 without; after an update the largest of any rank."""
 
     def prepare(self, classes: Tensor) -> None:
         """Tells a method that has `Tables` of the training images' classes, int64 [n]. Raises: ConfigError."""

@@ -27,9 +27,13 @@ class Outcome(NamedTuple):
     """The norm of each resident's gradient, before it was clipped."""
     skipped: Tensor
     """[1] on the device, 1 where the update was skipped because some rank met a non-finite number."""
+    stop: Tensor
+    """[1] on the device, the largest `stop` of any rank."""
 
 
-def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clock: Clock) -> Outcome:
+def train_step(
+    cohort: Cohort, batches: Sequence[Batch], progress: Progress, clock: Clock, stop: Tensor | None = None
+) -> Outcome:
     """One update of every peer from this rank's rows of one global batch.
 
     Args:
@@ -37,10 +41,13 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
         batches: the micro-batches, one after another; each is 1/len(batches) of the rank's rows.
         progress: of the run; `progress.step` updates have been done.
         clock: told when each part of the step is over.
+        stop: [1] on the device, the number of a signal that this rank got, 0 without. It travels with what the ranks
+            agree on in every step anyway.
     """
     total: Terms = {}
     norms: dict[int, Tensor] = {}
     skipped = torch.zeros(1, device=cohort.device)
+    stop = skipped if stop is None else stop
     everywhere: list[Sequence[Signals]] = []
     cohort.begin_step(progress.step)
 
@@ -52,7 +59,7 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
                 for key, term in terms.items():
                     total[key] = total.get(key, 0) + term / len(batches)
                 if last:
-                    skip, found = _update(cohort, learners, total)
+                    skip, stop, found = _update(cohort, learners, total, stop)
                     skipped, norms = torch.maximum(skipped, skip), norms | found
                     clock.mark("optimizer")
 
@@ -70,10 +77,10 @@ def train_step(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clo
             )
         )
     if cohort.outer_optimizers() and outer_gradients(cohort, batches[-1], progress):
-        _outer_update(cohort)
+        stop = _outer_update(cohort, stop)
     cohort.update_averages(progress.step)
     clock.mark("optimizer")
-    return Outcome(total, norms, skipped)
+    return Outcome(total, norms, skipped, stop)
 
 
 def _gradients(
@@ -131,11 +138,13 @@ def blank(cohort: Cohort, rows: int) -> Batch:
     return Batch(tuple(view.contiguous(memory_format=torch.channels_last) for view in views), targets, ids)
 
 
-def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> tuple[Tensor, dict[int, Tensor]]:
+def _update(
+    cohort: Cohort, learners: Sequence[int], total: Terms, stop: Tensor
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Steps the optimisers of this turn, unless some rank of the world met a non-finite loss or gradient.
 
     Returns:
-        [1], whether it was skipped, and the norm of each learner's gradient.
+        [1], whether it was skipped; the largest `stop` [1] of any rank; and the norm of each learner's gradient.
     """
     residents = [cohort.residents[k] for k in learners]
     learns: list[tuple[Sequence[nn.Parameter], torch.optim.Optimizer]] = [
@@ -145,7 +154,7 @@ def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> tuple[Tens
         learns.append((cohort.shared_parameters, cohort.shared_optimizer))
     norms = [gradient_norm(parameters) for parameters, _ in learns]
     losses = [term for (k, _), term in total.items() if k is None or k in learners]
-    skip = _agree(cohort, [*losses, *norms])
+    skip, stop = _agree(cohort, [*losses, *norms], stop)
 
     if cohort.scaler.is_enabled():
         for _, optimizer in learns:
@@ -155,25 +164,26 @@ def _update(cohort: Cohort, learners: Sequence[int], total: Terms) -> tuple[Tens
         if cohort.config.train.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, cohort.config.train.clip_norm, norm)
         update(optimizer, skip, cohort.scaler)
-    return skip, {resident.index: norm for resident, norm in zip(residents, norms, strict=False)}
+    return skip, stop, {resident.index: norm for resident, norm in zip(residents, norms, strict=False)}
 
 
-def _outer_update(cohort: Cohort) -> None:
-    """Steps what the outer step has gradients for, unless they are non-finite somewhere."""
+def _outer_update(cohort: Cohort, stop: Tensor) -> Tensor:
+    """Steps what the outer step has gradients for, unless they are non-finite somewhere. Returns: the agreed `stop`."""
     residents = [r for r in cohort.residents.values() if r.outer_optimizer is not None]
-    skip = _agree(cohort, [gradient_norm(r.outer.values()) for r in residents])
+    skip, stop = _agree(cohort, [gradient_norm(r.outer.values()) for r in residents], stop)
     for resident in residents:
         assert resident.outer_optimizer is not None
         update(resident.outer_optimizer, skip, torch.amp.GradScaler(cohort.device.type, enabled=False))
+    return stop
 
 
-def _agree(cohort: Cohort, numbers: Sequence[Tensor]) -> Tensor:
-    """[1], the same on all ranks of the world: 1 where one of them has a non-finite number."""
+def _agree(cohort: Cohort, numbers: Sequence[Tensor], stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers [1], the same on all ranks of the world: 1 where one of them has a non-finite number, and the largest
+    `stop`."""
     skip = 1 - torch.isfinite(torch.stack([cohort.nothing, *numbers])).all().float().reshape(1)
-    agreed = torch.cat([skip, cohort.stop])  # Whether to stop travels along.
+    agreed = torch.cat([skip, stop])
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    skip, cohort.stop = agreed[:1], agreed[1:]
-    return skip
+    return agreed[:1], agreed[1:]
 
 
 def _wide(peer: Signals) -> Signals:

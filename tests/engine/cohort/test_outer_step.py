@@ -232,7 +232,7 @@ def around_an_outer_step(config: RunConfig) -> tuple[Seen, Seen]:
     [(_, [batch])] = batches(cohort, [STEP])
     before = state(cohort), optimizer_state(cohort)
     assert outer_gradients(cohort, batch, Progress(STEP, STEPS_PER_EPOCH, 2))
-    _outer_update(cohort)
+    _outer_update(cohort, torch.zeros(1))
     return before, (state(cohort), optimizer_state(cohort))
 
 
@@ -280,7 +280,7 @@ def around_a_broken_outer_step(config: RunConfig, broken: int) -> tuple[Seen, Se
     if cohort.placement.rank == broken:
         batch = Batch((batch.images * torch.nan,), batch.targets, batch.ids)
     assert outer_gradients(cohort, batch, Progress(STEP, STEPS_PER_EPOCH, 2))
-    _outer_update(cohort)
+    _outer_update(cohort, torch.zeros(1))
     return before, (state(cohort), optimizer_state(cohort))
 
 
