@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 import models
 from engine.config import ConfigError
+from engine.preflight import check_run
+from engine.ranks.collectives import Launch
 from models.stages import plain_state
 from tests.engine.stepping import cohort_of, config_of
 from tests.runs import small_run
@@ -43,5 +45,7 @@ def test_the_peer_that_asks_for_it_starts_from_the_file(
 
 def test_a_file_that_is_not_there_is_refused_before_anything_starts(tiny: Path, tmp_path: Path) -> None:
     peers = [{"network": "cifar_resnet8_b", "copies": 2, "pretrained": str(tmp_path / "none.safetensors")}]
+    config = small_run(tiny, tmp_path / "run", peers=peers)
     with pytest.raises(ConfigError, match=r"^peers.0: .*none.safetensors"):
-        small_run(tiny, tmp_path, peers=peers)
+        check_run(config, Launch(0, 0, 1))
+    assert not (tmp_path / "run").exists()

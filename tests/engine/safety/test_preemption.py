@@ -209,6 +209,7 @@ def train_in_a_storm(config: RunConfig, preempted: Path, sent: tuple[signal.Sign
     def step(*arguments: Any) -> Any:
         if not thread.is_alive():
             thread.start()
+            time.sleep(0.1)  # On a busy machine the run could be over before the first of them.
         return train_step(*arguments)
 
     thread = threading.Thread(target=storm, daemon=True)
