@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             header = np.array([magic, *shape], ">u4").tobytes()
             (folder / f"{stem}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As a rank among others has, and quicker for networks this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +20,9 @@ from tests.checkpoints import PEER, a_run, change_state
 from tests.launch.command import run_command
 from tests.runs import train_here
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # Quicker for networks this small.
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,11 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from engine import trainer
 from engine.config.loading import describe, load
@@ -22,6 +21,8 @@ from launch.train import main
 from tests.engine.reporting.test_tracking import wandb_records
 from tests.kills import assert_same_state, final_state, numbers
 from tests.worlds import run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = """\
 name: small
@@ -35,14 +36,6 @@ log: {{progress: false, every_steps: 1}}
 """
 
 Outcome = tuple[str, str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # Quicker for networks this small.
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

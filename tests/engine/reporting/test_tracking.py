@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from engine.config import RunConfig
@@ -27,17 +26,10 @@ from engine.safety.answers import TrainingDivergedError
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[3]
 KEY = "local-" + "0123456789abcdef" * 2 + "01234567"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As a rank among others has, and quicker for networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train_by_command(config: RunConfig, at: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -6,8 +6,7 @@ import json
 import os
 import pickle
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +24,7 @@ from tests.kills import assert_same_state, final_state, numbers
 from tests.runs import train_here
 from tests.worlds import run_ranks
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As a rank among others has, and quicker for networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that came to its end."""
-    folder = tmp_path_factory.mktemp("whole")
-    train_here(a_run(tiny, folder))
-    assert checkpoint.steps_on_disk(folder)[-2:] == [9, 10]
-    return folder
-
-
-@pytest.fixture
-def run(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it to damage."""
-    return Path(shutil.copytree(whole, tmp_path / "run"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- what does not verify ---------------------------------------------------------------------------------------------

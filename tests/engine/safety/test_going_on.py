@@ -27,20 +27,6 @@ from tests.launch.command import run_command
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
 
-
-@pytest.fixture(scope="module")
-def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    run_ranks(1, train_here, a_run(tiny, folder))
-    return folder
-
-
-@pytest.fixture
-def run(whole: Path, tmp_path: Path) -> Path:
-    shutil.copytree(whole, tmp_path / "run")
-    return tmp_path / "run"
-
-
 # -- data -------------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine.config import RunConfig
 from engine.files import sync
@@ -31,29 +30,7 @@ from tests.kills import assert_same_state, final_state, numbers
 from tests.runs import train_here
 from tests.worlds import run_ranks, run_world
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As a rank among others has, and quicker for networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that came to its end."""
-    folder = tmp_path_factory.mktemp("whole")
-    train_here(a_run(tiny, folder))
-    assert checkpoint.steps_on_disk(folder)[-2:] == [9, 10]
-    return folder
-
-
-@pytest.fixture
-def run(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it to damage."""
-    return Path(shutil.copytree(whole, tmp_path / "run"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_best_is_the_first_with_the_highest_mean_top1(tiny: Path, tmp_path: Path) -> None:
