@@ -23,7 +23,7 @@ from data_pipelines.decoding.choice import choose
 from data_pipelines.decoding.contract import Decoder, Plan, Work
 from data_pipelines.decoding.dali import Graph
 from data_pipelines.decoding.stream import READERS, Stream
-from data_pipelines.decoding.with_torchvision import TorchvisionDecoder
+from data_pipelines.decoding.with_torchvision import TorchvisionDecoder, silence
 from data_pipelines.digest import contents
 from data_pipelines.sampling import Sampling
 from data_pipelines.sources.class_folders import Files, Listing, list_folder
@@ -60,6 +60,7 @@ class ImageFolder(Pipeline):
         device: torch.device,
         listings: tuple[Listing, Listing] | None = None,
     ) -> None:
+        silence()
         choice = choose(config.decoding.decoder, cuda=device.type == "cuda")
         self._decoder_name, self.remarks = choice.name, (f"decoder: {choice}",)
         train, val = listings or list_folder(config.folder)

@@ -46,7 +46,7 @@ class Decoder(Protocol):
         """Starts to work on a batch, without waiting for it.
 
         Raises:
-            RuntimeError: an earlier batch cannot be decoded.
+            Exception: of any kind; an earlier batch cannot be decoded.
         """
 
     def take(self) -> tuple[list[torch.Tensor], NDArray[np.int64]]:
@@ -54,5 +54,5 @@ class Decoder(Protocol):
         int64 [n].
 
         Raises:
-            RuntimeError: a photo cannot be decoded. The decoder is not used afterwards.
+            Exception: of any kind; a photo cannot be decoded. The decoder is not used afterwards.
         """

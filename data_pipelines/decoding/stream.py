@@ -52,7 +52,7 @@ class Stream(Generic[_Prepared]):
             self._pending.append((step, prepared))
             try:
                 self.decoder.feed(prepared.work)
-            except RuntimeError as error:
+            except Exception as error:  # whatever a decoder, or a library under it, makes of bytes that are wrong
                 self._mend(error)
             if len(self._pending) > _IN_FLIGHT:
                 yield self._next()
@@ -63,12 +63,12 @@ class Stream(Generic[_Prepared]):
         while True:
             try:
                 views, ids = self.decoder.take()
-            except RuntimeError as error:
+            except Exception as error:
                 self._mend(error)
             else:
                 return self._pending.popleft()[1], views, ids
 
-    def _mend(self, error: RuntimeError) -> None:
+    def _mend(self, error: Exception) -> None:
         """The decoder names only the batch that stopped it, and is of no use afterwards.
 
         What cannot be decoded may be a matter of the window, so nothing is remembered for other steps: a row would else
@@ -98,7 +98,7 @@ class Stream(Generic[_Prepared]):
             try:
                 decoder.feed(work.one(index))
                 decoder.take()
-            except RuntimeError:
+            except Exception:
                 found.append(index)
                 decoder = self.make(single)
         return found

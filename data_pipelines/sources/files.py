@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_pipelines.damage import UnreadableError
 
@@ -47,10 +47,14 @@ def measured(content: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as header:
             height, width, kind = header.height, header.width, header.format
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Image.DecompressionBombError as error:
+        raise UnreadableError(f"expected a smaller image: {error}") from None
+    except UnidentifiedImageError:
         raise UnreadableError(
             "expected a JPEG or PNG image, found a file that is neither, or whose beginning is damaged"
         ) from None
+    except Exception as error:  # PIL's readers pass on whatever Python makes of a damaged file.
+        raise UnreadableError(f"expected a JPEG or PNG image, found a beginning that cannot be read: {error}") from None
     if not height or not width:
         raise UnreadableError(f"expected an image, found {height} x {width} pixels")
     if not _whole(content, str(kind)):

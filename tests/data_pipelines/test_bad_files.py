@@ -13,7 +13,7 @@ from data_pipelines import DataConfig, DataError, Pipeline, open_pipeline
 from data_pipelines.decoding.choice import dali_installed
 from data_pipelines.sources import files
 from tests.data_pipelines import cutting
-from tests.data_pipelines.files import write_photos
+from tests.data_pipelines.files import photo, write_photos
 
 _DECODERS = ["torchvision", *(["cpu"] if dali_installed() else [])]
 
@@ -52,6 +52,22 @@ def _undecodable(path: Path) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
 
 
+def _enormous(path: Path) -> None:
+    """A header of 179 megapixels, of which a library thinks an attack; what follows does not matter."""
+    header = struct.pack(">IIBBBBB", 15_000, 12_001, 8, 2, 0, 0, 0)
+    body = [_chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(bytes(9))), _chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+
+
+def _with_a_large_comment(path: Path) -> None:
+    """A whole PNG, and in it a compressed text that becomes 2 MB."""
+    photo(1, 60, 60).save(path, format="PNG")
+    content = path.read_bytes()
+    after_header = 8 + 25
+    comment = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2_000_000)))
+    path.write_bytes(content[:after_header] + comment + content[after_header:])
+
+
 _KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "vanished": (Path.unlink, "expected an image, found no file"),
     "empty": (lambda path: path.write_bytes(b""), "expected an image, found an empty file"),
@@ -60,6 +76,8 @@ _KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "text": (lambda path: path.write_text("<html>"), "expected a JPEG or PNG image, found a file that is neither"),
     "no_pixels": (_without_pixels, "expected an image, found 0 x 0 pixels|found a file that is neither"),
     "undecodable": (_undecodable, r"expected a whole image, found \d+ bytes that cannot be decoded"),
+    "enormous": (_enormous, r"expected a smaller image: Image size \(180015000 pixels\) exceeds limit"),
+    "comment": (_with_a_large_comment, "found a beginning that cannot be read: Decompressed data too large"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
 }
 
