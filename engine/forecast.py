@@ -38,7 +38,7 @@ def forecast(config: RunConfig, placement: Placement, *, cuda: bool = False) -> 
     yield (
         f"steps      {steps:,} an epoch of {batch:,} images, {batch // replicas:,} a rank"
         + (f" in {parts} micro-batches" if parts > 1 else "")
-        + f"; {steps * config.train.epochs:,} in all"
+        + f"; {config.train.steps(steps):,} in all"
     )
     if config.data.dataset == "image_folder":
         yield f"decoder    {choose(config.data.decoding.decoder, cuda=cuda)}"

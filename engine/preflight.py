@@ -61,7 +61,7 @@ def check_run(
             "data.decoding.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
         )
     placement = plan(config, launch.world, launch.rank)
-    check_data(config)
+    _check_schedule(config, check_data(config))
     _check_stages(config)
     _check_networks(config, placement)
     _check_sizes(config)
@@ -75,6 +75,17 @@ def check_run(
         rollback.read(config.folder)
         _check_same_meeting(config)
     return placement
+
+
+def _check_schedule(config: RunConfig, sizes: Sizes) -> None:
+    """What of it lies beyond the last step, where only the data say how many epochs those are."""
+    steps, per_epoch = config.train.max_steps, (sizes.train - sizes.held_out) // config.data.global_batch
+    if steps is None:
+        return
+    try:
+        config.schedule.check_within(steps / per_epoch, f"train.max_steps = {steps}, {steps / per_epoch:.2f} epochs")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_networks(config: RunConfig, placement: Placement) -> None:

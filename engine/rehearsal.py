@@ -161,7 +161,7 @@ def _told(config: RunConfig, placement: Placement, images: Images) -> list[Any]:
         # Peers that take the others to be like themselves may fail, once they have told all that there is to tell.
         with contextlib.suppress(RuntimeError, ValueError, IndexError):
             parts = _batch(cohort, config, placement).split(config.train.accumulation)
-            train_step(cohort, parts, Progress(0, 1, config.train.epochs), Clock(META))
+            train_step(cohort, parts, Progress(0, 1, config.train.epochs_of(1)), Clock(META))
     return told
 
 
@@ -174,7 +174,7 @@ def _step(cohort: Cohort, config: RunConfig, placement: Placement, steps: Sequen
         for optimizer in cohort.optimizers():
             optimizer.zero_grad(set_to_none=True)  # or the gradients of the step before would count as there already
         with _named_lines(), watch, _Handed(watch):
-            train_step(cohort, parts, Progress(step, steps_per_epoch, config.train.epochs), clock)
+            train_step(cohort, parts, Progress(step, steps_per_epoch, config.train.epochs_of(steps_per_epoch)), clock)
     gradients = [p.grad for module in _modules(cohort) for p in module.parameters() if p.grad is not None]
     averages = [r.ema for r in cohort.residents.values() if r.ema is not None]
     standing = {

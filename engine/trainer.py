@@ -58,7 +58,7 @@ def train(
     preempted: Path | None = None,
     ends_process: bool = False,
 ) -> bool:
-    """Trains the cohort to the end of its last epoch, going on from the newest whole checkpoint if there is one.
+    """Trains the cohort to its last step, going on from the newest whole checkpoint if there is one.
 
     SIGUSR1, SIGTERM, SIGHUP or SIGINT to any rank ends all of them early, with a checkpoint of the step they are at.
 
@@ -161,7 +161,7 @@ class _Run:
         """Whether nothing of what was trained is lost at the end."""
         found = going_on.find(config, pipeline, placement.rank)
         self.steps_per_epoch = pipeline.steps_per_epoch
-        self.steps = config.train.epochs * self.steps_per_epoch
+        self.steps = config.train.steps(self.steps_per_epoch)
         self.cohort = open_cohort(pipeline, config, placement, device, initial=found.manifest is None)
         self.meter = Meter(placement, device)
         self.losses = LossWatch(config.health, {})
@@ -213,7 +213,7 @@ class _Run:
 
     @property
     def _progress(self) -> Progress:
-        return Progress(self.step, self.steps_per_epoch, self.config.train.epochs)
+        return Progress(self.step, self.steps_per_epoch, self.config.train.epochs_of(self.steps_per_epoch))
 
     def to_the_end(self) -> None:
         """Trains until the last step is done or a signal asks for an earlier end."""
@@ -233,7 +233,7 @@ class _Run:
                 now = due(self.config, self.step, self.steps_per_epoch, stopping=self.stopped_by is not None)
                 if now.line:
                     self._look_up(now, batch.ids)
-                if self.stopped_by:
+                if self.stopped_by or self.step == self.steps:
                     break
         self.saver.wait()
         self._held.check()
@@ -255,7 +255,7 @@ class _Run:
         self._held.check()
         check_same_rows(self.cohort, ids, self.step)
         self._line()
-        if now.ends_epoch:
+        if now.ends_epoch or now.ends_run:
             check_same_weights(self.cohort, self.step)
         if now.save or now.score:
             self.cohort.average_buffers()

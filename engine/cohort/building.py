@@ -161,8 +161,8 @@ class Builder:
         return self._averaged(module, dist.group.WORLD) if learns else module
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> None:
-        epochs = self._config.train.epochs
-        self.schedules.append(make_schedule(optimizer, self._config.schedule, epochs, self._steps_per_epoch))
+        steps = self._config.train.steps(self._steps_per_epoch)
+        self.schedules.append(make_schedule(optimizer, self._config.schedule, steps, self._steps_per_epoch))
 
     def _network(self, index: int, *, initial: bool = False) -> nn.Module:
         peer = self._config.cohort[index][1]

@@ -105,25 +105,33 @@ def set_weight_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.P
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, config: ScheduleConfig, epochs: int, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int, steps_per_epoch: int
 ) -> Scheduler:
-    """The learning rate as a function of the updates done: `schedule.step_update(step)` before update number `step`."""
+    """The learning rate as a function of the updates done: `schedule.step_update(step)` before update number `step`.
+
+    Args:
+        optimizer: whose rates it sets.
+        config: what it is like.
+        steps: updates of the run.
+        steps_per_epoch: updates of an epoch, in which milestones and warm-up are counted.
+    """
+    warmup = config.warmup_epochs * steps_per_epoch
     schedule, _ = create_scheduler_v2(
         optimizer,
         # A rate without milestones is constant, in every version of timm.
         sched={"step": "multistep", "constant": "multistep"}.get(config.name, config.name),
-        num_epochs=epochs,
-        # timm lets the rate fall before update u where u + 1 reaches milestone * updates_per_epoch. The first update at
-        # or after the milestone is meant; the half keeps rounding from making it the one after.
-        decay_milestones=[
-            (math.ceil(round(m * steps_per_epoch, 6)) + 0.5) / steps_per_epoch for m in config.milestones
-        ],
+        num_epochs=steps - warmup if config.warmup_prefix else steps,
+        # timm lets the rate fall before update u where u + 1 reaches the milestone. The first update at or after it is
+        # meant; the half keeps rounding from making it the one after.
+        decay_milestones=[math.ceil(round(m * steps_per_epoch, 6)) + 0.5 for m in config.milestones],
         decay_rate=config.gamma,
         min_lr=config.min_lr,
-        warmup_epochs=config.warmup_epochs,
+        warmup_epochs=warmup,
+        warmup_prefix=config.warmup_prefix,
         warmup_lr=config.warmup_lr,
         step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
+        # Everything above is counted in updates: max_steps need be no whole number of epochs.
+        updates_per_epoch=1,
     )
     schedule.step_update(0)
     return schedule

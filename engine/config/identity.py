@@ -25,14 +25,17 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "data": {"root", "decoding", "on_error", "max_bad"},
     "method": {"bank_sharded", "chunk"},
     "precision": {"compile", "channels_last", "tf32"},
-    "train": {"epochs", "max_skipped", "timeout"},
+    "train": {"epochs", "max_steps", "max_skipped", "timeout"},
 }
 """What may change between two starts of a run; null stands for a whole section."""
 
 DOUBTFUL = ("optimizer.lr", "schedule.", "train.clip_norm", "train.ema_decay", "train.ema_warmup")
 """What may change where `checkpoint.recipe_may_change` says that it is meant; all else may not."""
 
-_LATER_KEYS_OF_TRAIN = {"loss": "cross_entropy", "bce_threshold": None, "bce_sum": False}
+_LATER_KEYS: dict[str, dict[str, Any]] = {
+    "train": {"loss": "cross_entropy", "bce_threshold": None, "bce_sum": False},
+    "schedule": {"warmup_prefix": False},
+}
 """Keys that earlier versions did not write, and what they did."""
 
 
@@ -87,7 +90,7 @@ def read_identity(text: str) -> dict[str, Any]:
         ValueError, KeyError, TypeError: it is something else.
     """
     raw = json.loads(text)
-    raw["train"] = {**_LATER_KEYS_OF_TRAIN, **raw["train"]}
+    raw |= {section: {**keys, **raw[section]} for section, keys in _LATER_KEYS.items()}
     return {**raw, "data": with_moved_keys(raw["data"])}
 
 

@@ -206,14 +206,6 @@ class RunConfig(Section):
                 f"train.accumulation = {self.train.accumulation}: peers that are updated in turn (method.order = "
                 "sequential) need a whole batch at once; expected 1"
             )
-        if self.schedule.warmup_epochs > self.train.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs = {self.schedule.warmup_epochs}: expected at most train.epochs = "
-                f"{self.train.epochs}"
-            )
-        if self.schedule.milestones and self.schedule.milestones[-1] >= self.train.epochs:
-            raise ValueError(
-                f"schedule.milestones = {self.schedule.milestones}: the last lies at or after the end of training, "
-                f"expected epochs below train.epochs = {self.train.epochs}"
-            )
+        if self.train.max_steps is None and self.train.epochs is not None:
+            self.schedule.check_within(self.train.epochs, f"train.epochs = {self.train.epochs}")
         return self

@@ -99,6 +99,11 @@ class ScheduleConfig(Section):
     min_lr: float = Field(0.0, ge=0, description="cosine: where it ends")
     warmup_epochs: float = Field(0, ge=0, description="epochs of linear warm-up at the start")
     warmup_lr: float = Field(1e-5, ge=0, description="where the warm-up starts")
+    warmup_prefix: bool = Field(
+        False,
+        description="cosine: whether it falls from the end of the warm-up on, as torchvision and ConvNeXt have it; "
+        "false: the warm-up joins it where it would be by then, as in timm and DeiT",
+    )
 
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> ScheduleConfig:
@@ -108,15 +113,33 @@ class ScheduleConfig(Section):
             raise ValueError(
                 f"milestones = {self.milestones}: only name = step has milestones, found name = {self.name}"
             )
+        if self.name != "cosine" and self.warmup_prefix:
+            raise ValueError(f"warmup_prefix = True: has a meaning for name = cosine, found name = {self.name}")
         if self.milestones != sorted(set(self.milestones)):
             raise ValueError(f"milestones = {self.milestones}: expected ascending epochs, each once")
         return self
+
+    def check_within(self, epochs: float, end: str) -> None:
+        """Refuses a warm-up or a milestone beyond the end of training, which is called `end`. Raises: ValueError."""
+        if self.warmup_epochs > epochs:
+            raise ValueError(f"schedule.warmup_epochs = {self.warmup_epochs}: expected at most {end}")
+        if self.milestones and self.milestones[-1] >= epochs:
+            raise ValueError(
+                f"schedule.milestones = {self.milestones}: the last lies at or after the end of training, expected "
+                f"epochs below {end}"
+            )
 
 
 class TrainConfig(Section):
     """The loop."""
 
-    epochs: int = Field(ge=1, description="passes over the training data")
+    epochs: int | None = Field(None, ge=1, description="passes over the training data")
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="updates of the run, in the place of epochs: it ends within an epoch if it must, and the schedule "
+        "with it",
+    )
     accumulation: int = Field(1, ge=1, description="micro-batches of one global batch, one after another on a rank")
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of each peer; null: no clipping")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of each peer's moving average; null: none")
@@ -143,6 +166,20 @@ class TrainConfig(Section):
         description="seconds, after the first step, that ranks wait for one that does not answer before the run fails; "
         "more than writing a checkpoint takes",
     )
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> TrainConfig:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("epochs: missing; expected a number of epochs, or of updates as max_steps")
+        return self
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Updates of the whole run."""
+        return self.max_steps or (self.epochs or 0) * steps_per_epoch
+
+    def epochs_of(self, steps_per_epoch: int) -> int:
+        """Epochs of the whole run, the last of which `max_steps` may cut short."""
+        return -(-self.steps(steps_per_epoch) // steps_per_epoch)
 
 
 class PrecisionConfig(Section):
@@ -195,7 +232,10 @@ class PlacementConfig(Section):
 class EvaluationConfig(Section):
     """When and how the validation images are counted."""
 
-    every_epochs: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
+    every_epochs: int | None = Field(
+        1, ge=1, description="epochs between evaluations; null: only every_steps counts; the end is always evaluated"
+    )
+    every_steps: int | None = Field(None, ge=1, description="also every so many steps; null: only at ends of epochs")
     batch: int = Field(500, ge=1, description="validation images in one forward on a rank")
 
 

@@ -151,7 +151,8 @@ class Tracker:
         self._wandb = _start_wandb(config, step)
         self._exit_code = 0
         self._stderr = _Stderr()
-        self._epochs, self._shown = config.train.epochs, dict[str, str]()
+        self._epochs = None if config.train.max_steps else config.train.epochs
+        self._shown = dict[str, str]()
         self._bar = tqdm(
             file=self._stderr,
             total=steps,
@@ -202,10 +203,12 @@ class Tracker:
         return None
 
     def progress(self, step: int, **shown: str) -> None:
-        """Moves the bar; what a line of metrics has shown stays there until the next, beside the epoch."""
+        """Moves the bar; what a line of metrics has shown stays there until the next, beside the epoch where the run
+        is as long as so many of them."""
         self._shown |= shown
-        epoch = min(self._epochs, 1 + step * self._epochs // max(self._bar.total, 1))
-        self._bar.set_postfix({"epoch": f"{epoch}/{self._epochs}", **self._shown}, refresh=False)
+        epochs = self._epochs
+        beside = {"epoch": f"{min(epochs, 1 + step * epochs // max(self._bar.total, 1))}/{epochs}"} if epochs else {}
+        self._bar.set_postfix({**beside, **self._shown}, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:

@@ -28,10 +28,12 @@ def due(config: RunConfig, step: int, steps_per_epoch: int, *, stopping: bool = 
         stopping: the run is asked to end here.
     """
     epoch, within = divmod(step, steps_per_epoch)
-    ends_epoch, ends_run = within == 0, step == config.train.epochs * steps_per_epoch
+    ends_epoch, ends_run = within == 0, step == config.train.steps(steps_per_epoch)
     every_steps = config.checkpoint.every_steps
     save = ends_run or stopping or (ends_epoch and epoch % config.checkpoint.every_epochs == 0)
     save |= every_steps is not None and step % every_steps == 0
-    score = ends_run or (ends_epoch and epoch % config.evaluation.every_epochs == 0)
+    looks = config.evaluation
+    score = ends_run or bool(ends_epoch and looks.every_epochs and epoch % looks.every_epochs == 0)
+    score |= looks.every_steps is not None and step % looks.every_steps == 0
     line = save or score or ends_epoch or within % config.log.every_steps == 0
     return Due(line, score, save, ends_epoch, ends_run)

@@ -21,7 +21,7 @@ def remarks(config: RunConfig, steps_per_epoch: int, images: int) -> Iterator[st
         steps_per_epoch: whole batches of an epoch.
         images: that are trained on.
     """
-    batch, steps = config.data.global_batch, steps_per_epoch * config.train.epochs
+    batch, steps = config.data.global_batch, config.train.steps(steps_per_epoch)
     left = images - steps_per_epoch * batch
     if config.data.sampler == "shuffle" and (steps_per_epoch == 1 or left > images / 10):
         few = "one step" if steps_per_epoch == 1 else f"{steps_per_epoch} steps"

@@ -188,7 +188,7 @@ def _told(wrong: list[str]) -> list[str]:
 
 
 def _steps(config: RunConfig) -> int:
-    return config.train.epochs * STEPS_PER_EPOCH
+    return config.train.steps(STEPS_PER_EPOCH)
 
 
 def _disturb(options: argparse.Namespace, folder: Path, steps: int, exact: bool, findings: Findings) -> None:
@@ -323,7 +323,10 @@ def _verdicts(folder: Path, config: RunConfig, exact: bool) -> Iterator[tuple[st
     how = "bit for bit" if exact else f"to {LINES:g}"
     problem = _difference(lines, read_metrics(run), exact)
     yield f"metrics.jsonl: {len(lines)} lines, no gap, no repeat, numbers equal {how}", problem
-    yield f"the order shows every sample once in each of {config.train.epochs} epochs", _repeats(config)
+    yield (
+        f"the order shows every sample once in each of {config.train.epochs_of(STEPS_PER_EPOCH)} epochs",
+        _repeats(config),
+    )
     here, there = (sorted(path.name for path in (one / "checkpoints").iterdir()) for one in (run, undisturbed))
     problem = None if here == there else f"checkpoints: {', '.join(here)}; expected {', '.join(there)}"
     yield f"checkpoints: {', '.join(there)}, nothing left over", problem
@@ -366,7 +369,7 @@ def _repeats(config: RunConfig) -> str | None:
     """Samples that the order of an epoch shows twice or never."""
     pipeline = open_pipeline(config.data, config.seed, torch.device("cpu"))
     try:
-        for epoch in range(config.train.epochs):
+        for epoch in range(config.train.epochs_of(STEPS_PER_EPOCH)):
             batches = pipeline.train(epoch, 0, slice(0, config.data.global_batch))
             seen = torch.cat([batch.ids for batch in batches]).bincount(minlength=pipeline.train_size)
             if not bool((seen == 1).all()):

@@ -157,7 +157,7 @@ def pipeline_steps(config: RunConfig, device: str) -> list[float]:
                     batches = pipeline.train(epoch, 0, placement.rows(config.data.global_batch), cohort.views)
                 if step == 5 and where.type == "cuda":
                     torch.cuda.set_sync_debug_mode("error")
-                progress = Progress(step, pipeline.steps_per_epoch, config.train.epochs)
+                progress = Progress(step, pipeline.steps_per_epoch, config.train.epochs_of(pipeline.steps_per_epoch))
                 outcome = train_step(cohort, [next(batches)], progress, clock)
                 meter.add(outcome)
                 losses.append(torch.stack([x for (_, name), x in outcome.terms.items() if name == "ce"]).mean())

@@ -25,7 +25,7 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 def rates(updates: list[int], epochs: int, steps_per_epoch: int, lr: float = 0.1, **schedule: Any) -> list[float]:
     optimizer = make_optimizer(nn.Linear(2, 2), OptimizerConfig(lr=lr))
-    made = make_schedule(optimizer, ScheduleConfig(**schedule), epochs, steps_per_epoch)
+    made = make_schedule(optimizer, ScheduleConfig(**schedule), epochs * steps_per_epoch, steps_per_epoch)
     found = []
     for t in updates:
         made.step_update(t)
@@ -72,6 +72,15 @@ def test_warm_up_is_linear_and_then_joins_the_schedule_where_it_would_be() -> No
     np.testing.assert_allclose(rates(updates, 10, 5, warmup_epochs=2, warmup_lr=0.01), warm + cosine, rtol=1e-12)
     constant = rates(updates, 10, 5, name="constant", warmup_epochs=2, warmup_lr=0.01)
     np.testing.assert_allclose(constant, [*warm, 0.1, 0.1], rtol=1e-12)
+
+
+def test_a_schedule_may_begin_after_its_warm_up_which_may_begin_at_zero() -> None:
+    # torchvision's SequentialLR: 2 epochs of 5 updates up, then a half cosine over the other 40.
+    updates = [0, 1, 9, 10, 30, 49]
+    warm = [0.1 * t / 10 for t in (0, 1, 9)]
+    cosine = [0.05 * (1 + math.cos(math.pi * t / 40)) for t in (0, 20, 39)]
+    found = rates(updates, 10, 5, warmup_epochs=2, warmup_lr=0.0, warmup_prefix=True)
+    np.testing.assert_allclose(found, warm + cosine, rtol=1e-12)
 
 
 def test_the_rate_depends_on_the_update_alone() -> None:

@@ -18,9 +18,11 @@ ALONE = Launch(0, 0, 1)
 
 FREE = [
     ("train.epochs", 5),
+    ("train.max_steps", 12),
     ("train.max_skipped", 3),
     ("train.timeout", 100.0),
     ("evaluation.every_epochs", 2),
+    ("evaluation.every_steps", 2),
     ("evaluation.batch", 7),
     ("checkpoint.keep", 5),
     ("checkpoint.every_steps", 3),

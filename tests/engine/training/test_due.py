@@ -49,6 +49,14 @@ def test_whoever_stops_saves_after_a_line() -> None:
     assert after(1, stopping=True) == Due(line=True, score=False, save=True, ends_epoch=False, ends_run=False)
 
 
+def test_a_run_of_so_many_steps_ends_within_an_epoch() -> None:
+    sections = {"train": {"max_steps": 12}, "evaluation": {"every_epochs": None, "every_steps": 4}}
+    scored = [step for step in range(1, 13) if after(step, **sections).score]
+    assert scored == [4, 8, 12]
+    assert after(12, **sections) == Due(line=True, score=True, save=True, ends_epoch=False, ends_run=True)
+    assert [step for step in range(1, 13) if after(step, **sections).ends_run] == [12]
+
+
 def test_without_a_number_of_steps_only_epochs_count() -> None:
     assert after(7, checkpoint={"every_epochs": 1}) == NOTHING
     assert after(5, checkpoint={"every_epochs": 1}) == Due(
