@@ -105,12 +105,10 @@ def published_by_library(library: str, name: str, in_channels: int, options: Map
     """Where the weights are that the library publishes of a network that `is_known`.
 
     Raises:
-        WeightsError: there are none, or none for such images.
+        WeightsError: there are none, or they expect images that these are not.
     """
     if library == "torchvision":
         expects_transform(name, in_channels, options)
-        if in_channels != 3:
-            raise WeightsError(f"pretrained: true; its weights are for images of 3 channels, not {in_channels}")
         return Published(lambda network: torchvision_weights(name), torchvision_url(name))
     import timm
 
@@ -126,7 +124,9 @@ def published_by_library(library: str, name: str, in_channels: int, options: Map
 
     # timm asks the Hub first.
     on_hub = config.hf_hub_id and hub_url(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
-    return Published(fetch, on_hub or config.url or "")
+    first = () if in_channels == (config.input_size or (3,))[0] else config.first_conv or ()
+    refitted = [f"{layer}.weight" for layer in ([first] if isinstance(first, str) else first)]
+    return Published(fetch, on_hub or config.url or "", refitted=refitted)
 
 
 def torchvision_url(name: str, weights: str = "DEFAULT") -> str:

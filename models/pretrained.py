@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.downloads import hindrance
 from models.errors import WeightsError, first_line
-from models.weight_files import SUFFIXES, fitting_weights
+from models.weight_files import SUFFIXES, adapted, fitting_weights
 
 Pretrained: TypeAlias = bool | str
 """False for none, True for the library's, or the path of a file."""
@@ -32,6 +32,8 @@ class Published:
     """Where they are."""
     fresh: Collection[str] = ()
     """Tensors of the network that they have nothing for and that stay at random."""
+    refitted: Collection[str] = ()
+    """Tensors that the library itself makes fit, so that `fetch` gives others than are published."""
 
 
 def check_value(pretrained: object) -> None:
@@ -62,7 +64,11 @@ def load_published(network: nn.Module, published: Published) -> None:
         raise WeightsError(
             f"pretrained: true; its weights cannot be downloaded: {type(error).__name__}: {first_line(error)}; {hint}"
         ) from error
-    _load(network, state, "the published weights", published.fresh)
+    where = "the published weights"
+    state, changed = adapted(network, state)
+    if refitted := [*published.refitted, *changed]:
+        _tell(network, where, f"made to fit: {', '.join(refitted)}")
+    _load(network, state, where, published.fresh)
 
 
 def load_file(network: nn.Module, path: str) -> None:
@@ -73,7 +79,7 @@ def load_file(network: nn.Module, path: str) -> None:
     """
     state, remarks = fitting_weights(network, path)
     for remark in remarks:
-        _log.warning("%s from %s: %s", type(network).__name__, path, remark)
+        _tell(network, path, remark)
     _load(network, state, path)
 
 
@@ -82,12 +88,15 @@ def check_file(network: nn.Module, path: str) -> None:
     _fitting(network, fitting_weights(network, path)[0], path, ())
 
 
+def _tell(network: nn.Module, where: str, remark: str) -> None:
+    _log.warning("%s from %s: %s", type(network).__name__, where, remark)
+
+
 def _load(network: nn.Module, state: Mapping[str, Tensor], where: str, fresh: Collection[str] = ()) -> None:
     fitting, left = _fitting(network, state, where, fresh)
     network.load_state_dict(fitting, strict=False)
     if left:
-        names = ", ".join(left)
-        _log.warning("%s from %s: %s stay at their random initialisation", type(network).__name__, where, names)
+        _tell(network, where, f"{', '.join(left)} stay at their random initialisation")
 
 
 def _fitting(

@@ -48,7 +48,7 @@ def measured(content: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as header:
             height, width, kind = header.height, header.width, header.format
     except Image.DecompressionBombError as error:
-        raise UnreadableError(f"expected a smaller image: {error}") from None
+        raise UnreadableError(f"expected a smaller image: {str(error).removesuffix('.')}") from None
     except UnidentifiedImageError:
         raise UnreadableError(
             "expected a JPEG or PNG image, found a file that is neither, or whose beginning is damaged"

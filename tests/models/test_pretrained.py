@@ -181,7 +181,7 @@ RESCALED = "pretrained: true; its weights expect rescaled images, and so the opt
         ("timm/vit_tiny_patch16_384", 3, ""),
         ("timm/resnet18", 1, ""),
         ("torchvision/resnet18", 3, ""),
-        ("torchvision/resnet18", 1, "pretrained: true; its weights are for images of 3 channels, not 1"),
+        ("torchvision/resnet18", 1, ""),
         ("torchvision/inception_v3", 3, RESCALED),
         ("cifar_stem_inception_v1", 3, RESCALED),
         ("cifar_stem_inception_v1", 1, f"{RESCALED}, which is for images of 3 channels"),
@@ -271,6 +271,11 @@ def test_torchvisions_published_weights_are_loaded_where_they_are_cached(
     assert not caplog.messages
     assert equal_but_for(create("torchvision/resnet18", 10, pretrained=True), origin) == ["fc.weight", "fc.bias"]
     caplog.clear()
+    grey = create("torchvision/resnet18", 1000, 1, pretrained=True)
+    assert equal_but_for(grey, origin) == ["conv1.weight"]
+    summed = origin.state_dict()["conv1.weight"].double().sum(1, keepdim=True).float()
+    torch.testing.assert_close(grey.state_dict()["conv1.weight"], summed)
+    assert caplog.messages.pop() == "ResNet from the published weights: made to fit: conv1.weight"
     for in_channels in (1, 3):
         small = create("cifar_stem_resnet18", 1000, in_channels, pretrained=True)
         assert equal_but_for(small, origin) == ["conv1.weight", "fc.weight", "fc.bias"]
@@ -280,7 +285,7 @@ def test_torchvisions_published_weights_are_loaded_where_they_are_cached(
 
 
 def test_timms_published_weights_keep_the_random_state_and_the_classifier(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """timm reads a file instead of downloading where its configuration of a network names one; here it names ours."""
     import timm
@@ -306,7 +311,9 @@ def test_timms_published_weights_keep_the_random_state_and_the_classifier(
     assert equal_but_for(network, origin) == ["fc.weight", "fc.bias"]
     assert torch.equal(network.get_submodule("fc").weight, plain.get_submodule("fc").weight)  # type: ignore[arg-type]
     # timm adds up the colours where there is one channel only.
+    caplog.clear()
     gray = create("timm/test_resnet", 1000, 1, pretrained=True)
+    assert caplog.messages == ["ResNet from the published weights: made to fit: conv1.0.weight"]
     first = next(name for name, module in gray.named_modules() if isinstance(module, nn.Conv2d))
     assert equal_but_for(gray, origin) == [f"{first}.weight"]
     torch.testing.assert_close(
