@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipelines.damage import Damage, DataError
+from data_pipelines.order import Rows
 
 __all__ = ["Batch", "DataError", "Pipeline"]
 
@@ -78,7 +79,7 @@ class Pipeline(ABC):
     contents: dict[str, str]
 
     @abstractmethod
-    def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
+    def train(self, epoch: int, first_step: int, rows: Rows, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """Yields one batch for each of the steps first_step .. steps_per_epoch - 1 of an epoch.
 
         Args:

@@ -25,6 +25,7 @@ from data_pipelines.decoding.dali import Graph
 from data_pipelines.decoding.stream import READERS, Stream
 from data_pipelines.decoding.with_torchvision import TorchvisionDecoder, silence
 from data_pipelines.digest import contents
+from data_pipelines.order import Rows
 from data_pipelines.sampling import Sampling
 from data_pipelines.sources.class_folders import Files, Listing, list_folder
 
@@ -86,7 +87,7 @@ class ImageFolder(Pipeline):
         self._decoders = ThreadPoolExecutor(config.decoding.threads, thread_name_prefix="cohort-decoder")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="cohort-reader")
 
-    def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
+    def train(self, epoch: int, first_step: int, rows: Rows, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
         samples = self._sampling.epoch(epoch)
         size, augmentation = self.global_batch, self._config.augmentation
@@ -107,7 +108,7 @@ class ImageFolder(Pipeline):
             drawn = self._augmenter.draw(epoch, step, size, rows, side, views)
             return _Prepared(work, self._train.listing.labels[read.ids], drawn)
 
-        largest = len(range(*rows.indices(size)))
+        largest = len(np.arange(size)[rows])
         # A photo of several views is decoded once, and then as a whole. A window is decoded without the colours beyond
         # its edges, so a rank that asks for one view where others ask for more has to decode the whole as well.
         whole = self._config.views == "per_peer"

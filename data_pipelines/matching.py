@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, DataError, Pipeline
 from data_pipelines.image_folder import ImageFolder
+from data_pipelines.order import Rows
 from data_pipelines.resident import ResidentSet
 from data_pipelines.sources.class_folders import list_validation
 
@@ -110,7 +111,7 @@ class _Matched(Pipeline):
         places = torch.cat([self._places, self._places.new_full((1,), -1)])
         return (replace(batch, targets=places[batch.targets]) for batch in batches)
 
-    def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
+    def train(self, epoch: int, first_step: int, rows: Rows, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
         return self._named(self._whole.train(epoch, first_step, rows, views))
 

@@ -8,6 +8,9 @@ change between versions. Sorting and scaling the raw words is done here, and the
 import numpy as np
 from numpy.typing import NDArray
 
+Rows = slice | NDArray[np.int64]
+"""Some rows of a global batch: neighbours, or their numbers, where a rank's micro-batches are not side by side."""
+
 # The second word of the key keeps the streams apart; the numbers are part of the format and never change.
 _ORDER = 1
 _AUGMENTATION = 2

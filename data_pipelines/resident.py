@@ -11,6 +11,7 @@ from data_pipelines.augmentation.chain import Augmenter
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import Batch, Pipeline
 from data_pipelines.digest import contents
+from data_pipelines.order import Rows
 from data_pipelines.sampling import Sampling
 from data_pipelines.sources.standard_sets import STANDARD, Split
 
@@ -46,7 +47,7 @@ class ResidentSet(Pipeline):
             config.augmentation, seed, config.normalisation, self.num_classes, config.neighbours, device
         )
 
-    def train(self, epoch: int, first_step: int, rows: slice, views: Sequence[int] = (0,)) -> Iterator[Batch]:
+    def train(self, epoch: int, first_step: int, rows: Rows, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
         images, labels = self._train
         samples, how = self._sampling.epoch(epoch), self._config.augmentation

@@ -11,7 +11,7 @@ import math
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,16 +100,17 @@ def rehearse(config: RunConfig, placement: Placement, images: Images, steps: Seq
     """
     # Peers that are jobs of their own meet in files, of which there are none here: as one job, a rank each.
     if placement.only is not None:
-        placement = Placement(placement.num_peers, 1, placement.num_peers, placement.only)
+        placement = Placement.even(placement.num_peers, 1, placement.num_peers, placement.only)
         config = config.model_copy(update={"placement": type(config.placement)()})
     kinds = {(peer.network, repr(peer.options)) for _, peer in config.cohort}
     told: list[list[Any]] = []
-    if placement.groups > 1 and len(kinds) > 1:
-        told = [_told(config, replace(placement, rank=g * placement.replicas), images) for g in range(placement.groups)]
+    groups = placement.groups
+    if len(groups) > 1 and len(kinds) > 1:
+        told = [_told(config, placement.of(group.ranks[0]), images) for group in groups]
     with _world(placement):
         cohort = _cohort(config, placement, images)
         answers = iter(zip(*told, strict=False))
-        cohort.exchange.gather_objects = lambda mine, _: list(next(answers, [mine] * placement.groups))
+        cohort.exchange.gather_objects = lambda mine, _: list(next(answers, [mine] * len(groups)))
         return _step(cohort, config, placement, steps)
 
 
@@ -144,7 +145,8 @@ def _cohort(config: RunConfig, placement: Placement, images: Images) -> Cohort:
 
 
 def _batch(cohort: Cohort, config: RunConfig, placement: Placement) -> Batch:
-    return blank(cohort, len(range(config.data.global_batch)[placement.rows(config.data.global_batch)]))
+    shares = placement.cut(config.data.global_batch, config.train.accumulation, config.data.tuple_size)
+    return blank(cohort, sum(len(share.rows) for share in shares))
 
 
 def _told(config: RunConfig, placement: Placement, images: Images) -> list[Any]:
@@ -153,7 +155,7 @@ def _told(config: RunConfig, placement: Placement, images: Images) -> list[Any]:
 
     def heard(mine: Any, group: object) -> list[Any]:
         told.append(mine)
-        return [mine] * placement.groups
+        return [mine] * len(placement.groups)
 
     with _world(placement):
         cohort = _cohort(config, placement, images)

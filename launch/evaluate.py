@@ -24,9 +24,9 @@ from data_pipelines.order import part
 from engine.cohort.precision import set_precision
 from engine.config import ConfigError
 from engine.files import write_json
+from engine.ranks.choosing import plan_scoring
 from engine.ranks.collectives import Launch, choose_device, group_of, start
 from engine.ranks.exchange import Exchange
-from engine.ranks.placement import plan_scoring
 from engine.safety import loading
 from engine.safety.checkpoint import Manifest
 from engine.training.evaluation import score

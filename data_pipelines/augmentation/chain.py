@@ -11,6 +11,7 @@ from data_pipelines import order
 from data_pipelines.augmentation import erasing, layers, mixing, policies
 from data_pipelines.augmentation.parcel import Parcel
 from data_pipelines.augmentation.sections import Augmentations
+from data_pipelines.order import Rows
 from data_pipelines.pixels import Normalise
 
 _OTHER_COLUMNS = policies.JITTER_COLUMNS + 4
@@ -72,7 +73,7 @@ class Augmenter:
             self._normalise[width] = Normalise(*self._normalisation, width, self._device)
         return self._normalise[width](pixels)
 
-    def draw(self, epoch: int, step: int, size: int, rows: slice, side: int, views: Sequence[int]) -> Drawn:
+    def draw(self, epoch: int, step: int, size: int, rows: Rows, side: int, views: Sequence[int]) -> Drawn:
         """Draws for one global batch, and keeps what belongs to the rows of a rank; nothing happens on the device.
 
         Args:
@@ -93,18 +94,20 @@ class Augmenter:
         ]
         mixed = None
         if config.mixing.on and (config.mixing.off_epoch is None or epoch < config.mixing.off_epoch):
-            begin, end, _ = rows.indices(size)
-            if begin % (2 * self._neighbours) or end % (2 * self._neighbours):
-                raise ValueError(
-                    f"rows {begin} to {end} part images that are mixed, {2 * self._neighbours} side by side"
-                )
+            self._check_pairs(np.arange(size)[rows])
             uniforms = order.uniforms("mixing", self._seed, epoch, step, size, mixing.MIXING_COLUMNS)
             weights = mixing.mixing_weights(config.mixing, uniforms, rows, side, self._neighbours)
             mixed = (parcel.add(weights.own), parcel.add(weights.blended), parcel.add(weights.edges))
         parcel.close(self._device)
         return Drawn(parcel, seen, mixed)
 
-    def _draw_view(self, parcel: Parcel, epoch: int, step: int, size: int, rows: slice, side: int, view: int) -> _View:
+    def _check_pairs(self, rows: np.ndarray) -> None:
+        together = 2 * self._neighbours
+        places = np.arange(len(rows)) % together
+        if len(rows) % together or (rows % together != places).any() or (np.diff(rows)[places[1:] > 0] != 1).any():
+            raise ValueError(f"rows {rows[0]} to {rows[-1] + 1} part images that are mixed, {together} side by side")
+
+    def _draw_view(self, parcel: Parcel, epoch: int, step: int, size: int, rows: Rows, side: int, view: int) -> _View:
         config = self._config
 
         def uniforms(purpose: str, columns: int) -> np.ndarray:

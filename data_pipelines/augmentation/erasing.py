@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipelines.augmentation.sections import ErasingConfig
+from data_pipelines.order import Rows
 
 _TRIES = 10
 _AREAS, _RATIOS = slice(0, _TRIES), slice(_TRIES, 2 * _TRIES)
@@ -35,7 +36,7 @@ class Boxes:
     seeds: NDArray[np.int64]
 
 
-def erasing_boxes(erasing: ErasingConfig, uniforms: NDArray[np.float64], rows: slice, side: int) -> Boxes:
+def erasing_boxes(erasing: ErasingConfig, uniforms: NDArray[np.float64], rows: Rows, side: int) -> Boxes:
     """Returns where the rows of a rank are erased: the first of ten tries that is smaller than the image.
 
     Args:
@@ -58,7 +59,7 @@ def erasing_boxes(erasing: ErasingConfig, uniforms: NDArray[np.float64], rows: s
     return Boxes(erased, edges[rows][erased], seeds[rows][erased])
 
 
-def cutout_boxes(length: int, uniforms: NDArray[np.float64], rows: slice, side: int) -> Boxes:
+def cutout_boxes(length: int, uniforms: NDArray[np.float64], rows: Rows, side: int) -> Boxes:
     """Returns squares of `length` around a pixel of each image, cut off at the edge (DeVries & Taylor 2017).
 
     Args:

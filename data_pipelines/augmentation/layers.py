@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipelines.augmentation import pointwise, spatial
+from data_pipelines.order import Rows
 
 WIDTH = spatial.BLUR + 1
 """Numbers that an operation is given for an image."""
@@ -63,7 +64,7 @@ class Wish:
     magnitudes: NDArray[np.float64]
 
 
-def layer(wishes: Sequence[Wish], rows: slice, side: int) -> Layer:
+def layer(wishes: Sequence[Wish], rows: Rows, side: int) -> Layer:
     """Makes a layer of wishes, no two for one image, for the rows of a rank.
 
     Args:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_pipelines.augmentation.erasing import within
 from data_pipelines.augmentation.sections import MixingConfig
+from data_pipelines.order import Rows
 
 MIXING_COLUMNS = 5
 _POINTS = 1 << 14
@@ -35,7 +36,7 @@ class Weights:
 
 
 def mixing_weights(
-    mixing: MixingConfig, uniforms: NDArray[np.float64], rows: slice, side: int, neighbours: int
+    mixing: MixingConfig, uniforms: NDArray[np.float64], rows: Rows, side: int, neighbours: int
 ) -> Weights:
     """Draws lambda, and where there is CutMix a box of area (1 - lambda) H W around any pixel, cut off at the edge.
 

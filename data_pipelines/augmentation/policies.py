@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.augmentation.layers import Layer, Wish, layer
 from data_pipelines.augmentation.sections import ColorJitterConfig, PolicyConfig
+from data_pipelines.order import Rows
 
 Numbers = NDArray[np.float64]
 
@@ -36,7 +37,7 @@ def columns(policy: PolicyConfig) -> int:
     return _STRIDE * layers.get(policy.name, 1 if policy.name == "three_augment" else 2)
 
 
-def policy_layers(policy: PolicyConfig, uniforms: Numbers, rows: slice, side: int) -> list[Layer]:
+def policy_layers(policy: PolicyConfig, uniforms: Numbers, rows: Rows, side: int) -> list[Layer]:
     """What a policy does to the rows of a rank, one operation of each image after another.
 
     Args:
@@ -61,7 +62,7 @@ JITTER_COLUMNS = 9
 _JITTERED = ("brightness", "contrast", "saturation", "hue")
 
 
-def jitter_layers(jitter: ColorJitterConfig, uniforms: Numbers, rows: slice, side: int) -> list[Layer]:
+def jitter_layers(jitter: ColorJitterConfig, uniforms: Numbers, rows: Rows, side: int) -> list[Layer]:
     """torchvision's ColorJitter; the four operations of each image in an order of its own.
 
     Args:
@@ -90,7 +91,7 @@ def jitter_layers(jitter: ColorJitterConfig, uniforms: Numbers, rows: slice, sid
     return found
 
 
-def sometimes(name: str, prob: float, whether: Numbers, magnitudes: Numbers, rows: slice, side: int) -> list[Layer]:
+def sometimes(name: str, prob: float, whether: Numbers, magnitudes: Numbers, rows: Rows, side: int) -> list[Layer]:
     """One operation, for each image with a probability: uniforms [G] and magnitudes [G] -> a layer, or none."""
     return [layer([Wish(name, whether < prob, magnitudes)], rows, side)] if prob else []
 

@@ -101,7 +101,7 @@ class Builder:
         if self._config.precision.compile:
             module.compile()
         peers = self._placement.num_peers if method.trunk_gradient == "mean" else 1
-        return Trunk(module, self.averaged_over_all(module), taps, self._placement.groups / peers)
+        return Trunk(module, self.averaged_over_all(module), taps, len(self._placement.groups) / peers)
 
     def resident(self, index: int, outline: Outline, method: Method, trunk: Trunk | None) -> Resident:
         """A peer that lives here."""

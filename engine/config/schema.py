@@ -105,6 +105,18 @@ class RunConfig(Section):
         """Those of the cohort that this run trains: all, or one where peers are jobs of their own."""
         return [(name, peer) for name, peer in self.cohort if self.placement.peer in (None, name)]
 
+    def _check_ranks(self, names: list[str]) -> None:
+        given = self.placement.ranks
+        if given is None:
+            return
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"placement.ranks.{name}: expected one of the peers {', '.join(names)}{hint}")
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(f"placement.ranks.{missing[0]}: missing; expected the ranks of each peer, at least 1")
+
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
         if self.health.rollback and self.checkpoint.keep < 2:
@@ -149,6 +161,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"placement.peer = {self.placement.peer!r}: expected one of the peers {', '.join(names)}{hint}"
             )
+        self._check_ranks(names)
         if issubclass(method, SharedTrunk) and method.one_view and self.data.views != "shared":
             raise ValueError(
                 f"data.views = {self.data.views}: {self.method.name} needs one augmentation for all peers; "

@@ -196,12 +196,23 @@ class PrecisionConfig(Section):
 class PlacementConfig(Section):
     """Which rank computes which peer."""
 
-    kind: Literal["auto", "colocated", "spread", "hybrid", "jobs"] = Field(
+    kind: Literal["auto", "colocated", "spread", "hybrid", "balanced", "jobs"] = Field(
         "auto",
         description="colocated: all peers on every rank; spread: one peer a rank; hybrid: peers_per_rank on each; "
+        "balanced: ranks for each peer in proportion to what it costs; "
         "auto: as few a rank as the number of ranks allows; jobs: one peer in each of K jobs, which meet in a folder",
     )
     peers_per_rank: int | None = Field(None, ge=1, description="hybrid: peers on each rank, a divisor of their number")
+    ranks: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="balanced: how many ranks each peer gets, by its name, such as {small: 2, large: 6}; null: by the "
+        "operations that its network takes for an image",
+    )
+    order: Literal["contiguous", "interleaved"] = Field(
+        "contiguous",
+        description="contiguous: the ranks of a peer one after another, and whole nodes first, so that gradients stay "
+        "within nodes and signals cross; interleaved: those of all peers in turn, the opposite",
+    )
     exchange_dtype: Literal["float32", "bf16"] = Field("float32", description="number format of signals under way")
     meeting: Path | None = Field(
         None, strict=False, description="jobs: the folder, seen by all of them, where peers leave their weights"
@@ -215,6 +226,8 @@ class PlacementConfig(Section):
                 f"peers_per_rank = {self.peers_per_rank}: kind = hybrid needs a number of peers, other kinds have "
                 f"none; found kind = {self.kind}"
             )
+        if self.ranks is not None and self.kind != "balanced":
+            raise ValueError(f"ranks = {self.ranks}: only kind = balanced has them; found kind = {self.kind}")
         return self
 
     @model_validator(mode="after")

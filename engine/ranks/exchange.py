@@ -68,7 +68,7 @@ class Exchange:
                 for k, signals in ((k, own.get(k, {})) for k in range(placement.num_peers))
             ]
         sent = {k: {name: x for name, x in signals.items() if name not in private} for k, signals in own.items()}
-        if placement.groups == 1:
+        if len(placement.groups) == 1:
             sent = {k: {name: signals[name] for name in everywhere} for k, signals in own.items()}
         if rows is not None:
             first = placement.residents[0]

@@ -80,7 +80,7 @@ class Saver:
         placement = cohort.placement
         everyone = range(placement.world)
         in_parts = any(isinstance(module, ShardedTable) for module in cohort.shared.modules())
-        writers = [rank for rank in everyone if in_parts or replace(placement, rank=rank).replica == 0]
+        writers = [*everyone] if in_parts else sorted(group.ranks[0] for group in placement.groups)
         self._first, self._writes = placement.rank == 0, placement.rank in writers
         self.group: Any = dist.new_group(writers, timeout=WRITE_TIMEOUT, backend="gloo")
         """Of the ranks that write; nobody else may communicate in it."""

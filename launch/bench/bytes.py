@@ -9,8 +9,8 @@ import torch
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.config.loading import validate
+from engine.ranks.choosing import plan
 from engine.ranks.exchange import NUMBERS_OF_A_ROW
-from engine.ranks.placement import plan
 from losses import Progress
 from losses.capabilities import AllRows
 

@@ -158,7 +158,8 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     ),
     "misspelt_placement": (
         "placement.kind=hybird",
-        "placement.kind = 'hybird': expected one of auto, colocated, spread, hybrid, jobs; did you mean 'hybrid'?",
+        "placement.kind = 'hybird': expected one of auto, colocated, spread, hybrid, balanced, jobs; did you mean "
+        "'hybrid'?",
     ),
     # Peers that are jobs of their own.
     "jobs_of_a_method_that_exchanges_signals": (

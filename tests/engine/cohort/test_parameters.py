@@ -213,7 +213,7 @@ def test_dcm_is_one_all_gather_of_one_probability_tensor(peers: int) -> None:
 
 def sent_at_imagenet_size() -> list[list[int]]:
     """What one of two ranks puts in: DCM's signals for 128 rows of 1000 classes; then ResNet-50, by either method."""
-    placement = Placement(2, 1, 2, dist.get_rank())
+    placement = Placement.even(2, 1, 2, dist.get_rank())
     exchange = Exchange(placement, group_of(placement.exchange_ranks))
     network = models.create("torchvision/resnet50", 1000)
     calls = []

@@ -8,7 +8,7 @@ import pytest
 
 from engine.cohort.optim import check_optimizer
 from engine.config.loading import load
-from engine.ranks.placement import plan
+from engine.ranks.choosing import plan
 
 _FOLDER = Path(__file__).parents[3] / "configs/imagenet"
 _RECIPES = ["resnet50_a2", "resnet50_a3", "resnet50_v2", "deit_small", "convnext_tiny"]

@@ -212,7 +212,7 @@ def signals_of(peer: int) -> dict[str, Tensor]:
 
 
 def exchanged(peers_per_rank: int, mode: str, wire: torch.dtype) -> Any:
-    placement = Placement(4, peers_per_rank, dist.get_world_size(), dist.get_rank())
+    placement = Placement.even(4, peers_per_rank, dist.get_world_size(), dist.get_rank())
     exchange = Exchange(placement, group_of(placement.exchange_ranks), wire)
     own = {k: {n: x.requires_grad_() for n, x in signals_of(k).items()} for k in placement.residents}
     with Recorder() as recorder:
@@ -260,7 +260,7 @@ def test_mode_none_leaves_the_others_empty() -> None:
 
 def gradients_come_back(mode: str) -> Any:
     rank, world = dist.get_rank(), dist.get_world_size()
-    placement = Placement(world, 1, world, rank)
+    placement = Placement.even(world, 1, world, rank)
     exchange = Exchange(placement, group_of(placement.exchange_ranks))
     x = torch.full((2, 3), float(rank), requires_grad=True)
     signals = exchange({rank: {"logits": x}}, mode)
@@ -286,7 +286,7 @@ IMAGE_IDS = torch.tensor(
 
 def all_rows(peers: int, peers_per_rank: int, wire: torch.dtype, mode: str) -> Any:
     """What this rank is shown of 12 rows, `wide` for all of them: of peer k, row n, column c, 100 k + n + c / 8."""
-    placement = Placement(peers, peers_per_rank, dist.get_world_size(), dist.get_rank())
+    placement = Placement.even(peers, peers_per_rank, dist.get_world_size(), dist.get_rank())
     exchange = Exchange(placement, group_of(placement.exchange_ranks), wire)
     mine = torch.arange(12)[placement.rows(12)]
     own = {

@@ -16,7 +16,7 @@ from tests.worlds import run_ranks, run_world
 
 def _sums(peers_per_rank: int) -> list[float]:
     """What adding up ranks in this rank's two groups gives."""
-    placement = Placement(4, peers_per_rank, dist.get_world_size(), dist.get_rank())
+    placement = Placement.even(4, peers_per_rank, dist.get_world_size(), dist.get_rank())
     found = []
     for ranks in (placement.replica_ranks, placement.exchange_ranks):
         group, number = group_of(ranks), torch.tensor([float(dist.get_rank())])

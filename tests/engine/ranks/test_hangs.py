@@ -106,7 +106,7 @@ def test_a_rank_whose_program_hangs_is_named_before_the_others_give_up(tiny: Pat
 def wait_in_vain(placement: Placement) -> list[str]:
     """The errors of collectives of all groups with a rank that does not come, in a world of four."""
     rank = dist.get_rank()
-    mine = Placement(placement.num_peers, placement.peers_per_rank, placement.world, rank)
+    mine = placement.of(rank)
     groups = [group_of(mine.replica_ranks), group_of(mine.exchange_ranks)]
     limit_waiting(0.5)
     errors = []
@@ -124,7 +124,7 @@ def wait_in_vain(placement: Placement) -> list[str]:
 
 
 def test_every_group_waits_only_so_long() -> None:
-    errors = run_world(4, wait_in_vain, Placement(2, 1, 4, 0))
+    errors = run_world(4, wait_in_vain, Placement.even(2, 1, 4, 0))
     # Rank 1 shares its exchange group with rank 3, rank 2 its replica group.
     assert [len(of_rank) for of_rank in errors] == [1, 2, 2, 0]
     assert all("500ms" in error or "Connection closed" in error for of_rank in errors for error in of_rank), errors

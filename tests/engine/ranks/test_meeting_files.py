@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.config import RunConfig
+from engine.ranks.choosing import plan
 from engine.ranks.meeting import Meeting
-from engine.ranks.placement import plan
 from tests.engine.ranks.test_meeting import STALE, a_job, log_of, peers, send, train_and_keep_the_log, wait_for
 from tests.engine.stepping import CPU, config_of
 from tests.kills import last_step, running

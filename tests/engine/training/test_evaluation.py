@@ -71,7 +71,7 @@ class Loses(Cut):
 
 
 def scored(peers: list[nn.Module], peers_per_rank: int, pipeline: Any, batches: list[int]) -> list[Scores]:
-    placement = Placement(len(peers), peers_per_rank, dist.get_world_size(), dist.get_rank())
+    placement = Placement.even(len(peers), peers_per_rank, dist.get_world_size(), dist.get_rank())
     # Signals of training travel in bf16 here; scores must not show it.
     exchange = Exchange(placement, group_of(placement.exchange_ranks), torch.bfloat16)
     own = {k: peers[k] for k in placement.residents}
@@ -200,7 +200,7 @@ def test_networks_come_back_in_the_mode_they_were_in_and_unchanged(tiny: Path) -
 
 
 def bf16_scores(peers: list[nn.Module], pipeline: Any) -> Scores:
-    placement = Placement(2, 2, 1, 0)
+    placement = Placement.even(2, 2, 1, 0)
     exchange = Exchange(placement, group_of(placement.exchange_ranks))
     return evaluate(
         dict(enumerate(peers)), exchange, placement, pipeline, batch=10, device=CPU, autocast=torch.bfloat16

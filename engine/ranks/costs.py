@@ -1,0 +1,46 @@
+"""What a step of a peer costs beside one of another, counted without numbers."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from engine.config import ConfigError, RunConfig
+from models.weightless import weightless
+
+
+def costs_of(config: RunConfig) -> list[float]:
+    """Floating-point operations of a pass forward of each of the K peers, for one image. The way back takes twice as
+    many again, of all peers alike.
+
+    Raises:
+        ConfigError: a network does not take the images.
+    """
+    data = config.data
+    found = []
+    for name, peer in config.cohort:
+        try:
+            options = json.dumps(peer.options, sort_keys=True, default=str)
+            found.append(float(_forward(peer.network, options, data.channels, data.side)))
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"placement.kind = balanced: what {name} costs on images of {data.side} pixels cannot be counted: "
+                f"{reason}; expected placement.ranks, the ranks of each peer"
+            ) from None
+    return found
+
+
+@functools.cache
+def _forward(network: str, options: str, channels: int, side: int) -> int:
+    """Of one image."""
+    with weightless(network):
+        module = models.create(network, 10, channels, **json.loads(options)).to("meta")
+    rows = 2  # BatchNorm in training wants more than one
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.empty(rows, channels, side, side, device="meta"))
+    return counter.get_total_flops() // rows
