@@ -1,11 +1,12 @@
-# What all scripts here share. Sourced, not run. What a site has to set comes first; each can also be set in the
-# environment of sbatch. Nodes, GPUs and times stand in the #SBATCH lines at the top of each script.
+# What all scripts here share. Sourced, not run, where COHORT is the folder of the repository. What a site has to set comes
+# first; each can also be set in the environment of sbatch. Nodes, GPUs and times stand in the #SBATCH lines at the top of
+# each script.
 
-TORCHRUN=${TORCHRUN:-.venv/bin/torchrun}                   # as `make setup` installs it, or the one in the container
-PYTHON=${PYTHON:-.venv/bin/python}                         # of the machine that submits, for submit.sh
+TORCHRUN=${TORCHRUN:-$COHORT/.venv/bin/torchrun}           # as `make setup` installs it, or the one in the container
+PYTHON=${PYTHON:-$COHORT/.venv/bin/python}                 # of the machine that submits, for submit.sh
 RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # one a GPU
 CONTAINER=${CONTAINER:-}                                   # an image for pyxis/enroot; empty: none
-MOUNTS=${MOUNTS:-}                                         # what the container sees besides this folder: /data:/data
+MOUNTS=${MOUNTS:-}                                         # what the container sees besides ours and where the job runs: /data:/data
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # export NCCL_SOCKET_IFNAME=ib0                            # the network of the nodes, where NCCL does not find it itself
@@ -32,10 +33,11 @@ name_of() {
 # rank of a node prints goes to the job's log, what each rank prints to a file in $LOGS/NODE.
 torchrun_on_all_nodes() {
   # The address that Slurm itself uses for the first node: names of nodes need not be known to DNS.
-  local first address container=()
+  local first address mounts=$COHORT:$COHORT container=()
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-  [ -z "$CONTAINER" ] || container=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}" --container-workdir="$PWD")
+  [[ $PWD == "$COHORT" ]] || mounts+=,$PWD:$PWD
+  [ -z "$CONTAINER" ] || container=(--container-image="$CONTAINER" --container-mounts="$mounts${MOUNTS:+,$MOUNTS}" --container-workdir="$PWD")
   export TORCHRUN RANKS_PER_NODE LOGS ENDPOINT="$address:$((15000 + SLURM_JOB_ID % 20000))"
   # srun signals every process of a step. SIGUSR1 is for the ranks; torchrun would die of it.
   exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" bash -c '

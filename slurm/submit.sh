@@ -2,17 +2,16 @@
 # Checks a config for the number of ranks that it will have, and submits it if nothing is wrong with it:
 #   slurm/submit.sh CONFIG [--nodes=N] [options of sbatch] [section.key=value ...]       one run
 #   slurm/submit.sh CONFIG [CONFIG ...] seeds=0,1,2 [as above]                           an array: each config, each seed
+# It may be called from anywhere: logs, runs/ and whatever a config or an override says of files are where one stands.
 set -euo pipefail
-folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-from=$PWD
-cd "$folder/.."
+COHORT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ranks=${RANKS_PER_NODE:-}
-. slurm/site.sh
+. "$COHORT/slurm/site.sh"
 
 configs=() options=() overrides=() seeds=
 while (($#)); do
   case $1 in
-    -h | --help) sed -n '2,4s/^# //p' "$folder/submit.sh"; exit ;;
+    -h | --help) sed -n '2,5s/^# //p' "$COHORT/slurm/submit.sh"; exit ;;
     --*=* | -?=*) options+=("$1") ;;
     -*)
       options+=("$1")
@@ -22,16 +21,16 @@ while (($#)); do
     seeds=*) seeds=$1 ;;
     *=*) overrides+=("$1") ;;
     # One's own config lies where one stands, ours lie here.
-    *) if [[ $1 != /* && -f $from/$1 ]]; then configs+=("$from/$1"); else configs+=("$1"); fi ;;
+    *) if [[ -f $1 || ! -f $COHORT/$1 ]]; then configs+=("$1"); else configs+=("$COHORT/$1"); fi ;;
   esac
   shift
 done
 ((${#configs[@]})) || { echo "usage: slurm/submit.sh CONFIG [--nodes=N] [options of sbatch] [section.key=value ...]" >&2; exit 2; }
 
-script=slurm/train.sbatch arguments=("${configs[@]}" "${overrides[@]}")
+script=$COHORT/slurm/train.sbatch arguments=("${configs[@]}" "${overrides[@]}")
 if [ -n "$seeds" ] || ((${#configs[@]} > 1)); then
   IFS=, read -ra numbers <<<"${seeds#seeds=}"
-  script=slurm/array.sbatch arguments=("${seeds:-seeds=0}" "${arguments[@]}")
+  script=$COHORT/slurm/array.sbatch arguments=("${seeds:-seeds=0}" "${arguments[@]}")
   options=("--array=0-$((${#configs[@]} * (${#numbers[@]} ? ${#numbers[@]} : 1) - 1))" "${options[@]}")
   for key in dir name seed; do
     for override in "${overrides[@]}"; do
@@ -67,11 +66,13 @@ world=$((nodes * ${ranks:-${gpus##*:}}))
 for config in "${configs[@]}"; do
   # As each job of an array will be named, too.
   named=()
-  [[ $script == slurm/train.sbatch ]] || named=(name="$(name_of "$config" 0)")
-  "$PYTHON" launch/train.py "$config" "${overrides[@]}" "${named[@]}" --check --ranks "$world" || { echo "not submitted" >&2; exit 2; }
+  [[ $script == */train.sbatch ]] || named=(name="$(name_of "$config" 0)")
+  "$PYTHON" "$COHORT/launch/train.py" "$config" "${overrides[@]}" "${named[@]}" --check --ranks "$world" || { echo "not submitted" >&2; exit 2; }
 done
 
-job=$(sbatch --parsable "${options[@]}" "$script" "${arguments[@]}")
+# A job finds our files by the folder that it was submitted from, and those of its user by the one that it runs in.
+from=$PWD
+job=$(cd "$COHORT" && sbatch --parsable --chdir="$from" "${options[@]}" "$script" "${arguments[@]}")
 job=${job%%;*}
 log=$(value_of output o)
 log=${log//%[jA]/$job}

@@ -228,6 +228,25 @@ def test_an_array_trains_each_config_with_each_seed(tiny: Path, checkout: Path) 
             assert (run / "table.txt").exists()
 
 
+def test_paths_are_those_of_whoever_submits(tiny: Path, checkout: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    on_disk(a_run(tiny, Path("from_the_config"), 1), own / "mine.yaml")
+    (own / "data").symlink_to(tiny)
+    options = ["--nodes=1", "--cpus-per-task=1", "--gpus-per-node=0", "data.root=data"]
+    submit_here = ["bash", str(checkout / "slurm" / "submit.sh"), "mine.yaml", *options]
+    for more, folder in (["dir=out/run"], "out/run"), ([], "from_the_config"), (["seeds=3"], "runs/own-mine-seed3"):
+        if more == ["seeds=3"]:
+            on_disk(a_run(tiny, Path("x"), 1).model_copy(update={"dir": None}), own / "mine.yaml")
+        out = subprocess.run([*submit_here, *more], cwd=own, capture_output=True, text=True, check=True).stdout
+        job = out.split()[out.split().index("job") + 1]
+        wait(lambda job=job: not slurm("squeue", "--noheader", "--job", job), "the end of the job")
+        assert (own / folder / "table.txt").is_file(), out
+    assert len(list(own.glob("cohort-*.log"))) == 3
+    assert not list(checkout.glob("cohort-*"))
+    assert not (checkout / "runs").exists()
+
+
 def test_a_job_scores_a_run(tiny: Path, checkout: Path) -> None:
     config = a_run(tiny, checkout / "run", 1)
     run_ranks(1, train_here, config)
