@@ -4,7 +4,7 @@ Mutual Contrastive Learning for Visual Recognition"; TPAMI 2023, arXiv 2207.1151
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,8 @@ class LMCL(OuterProblem, StageTaps, Unsynchronised, Contrastive):
         c = B - \eta A;   h, q = d<\nabla f_t(theta_t, phi), c> / d(theta, phi);   dphi += q
         A, B <- A (1 - \eta \rho) + \rho B + h,   \mu (B - \eta A)
 
-    Only one step's graph is alive at a time. The peers themselves stay at theta_0, statistics of BatchNorm included.
+    The graphs of all look-ahead steps are alive until then, so that nothing is computed twice. The peers themselves
+    stay at theta_0, statistics of BatchNorm included.
 
     Deviations from the published code: as for MCL; every replica of a peer looks ahead along the mean of all replicas'
     gradients; a look-ahead step leaves banks and statistics of BatchNorm alone, where the published code keeps one
@@ -209,36 +210,33 @@ def hypergradient(
     decay = {k: [outer.weight_decay[k][name] for name in own] for k, own in theta.items()}
     lr, mu = outer.lr, outer.momentum
 
-    def gradient(f: Objective, at: Parameters) -> dict[int, list[Tensor]]:
+    def visit(f: Objective, at: Parameters, *, again: bool = True) -> _Visit:
         leaves = {k: {name: p.requires_grad_() for name, p in _detached(own).items()} for k, own in at.items()}
+        chosen = {k: {name: p.requires_grad_(again) for name, p in _detached(own).items()} for k, own in phi.items()}
         with torch.enable_grad():
-            value = f(outer.show({k: {**leaves[k], **_detached(phi[k])} for k in leaves}))
-        return outer.average(_derivatives(value, leaves))
+            value = f(outer.show({k: {**leaves[k], **chosen[k]} for k in leaves}))
+            return _Visit(leaves, chosen, _derivatives(value, leaves, create_graph=again))
 
-    visited: list[Parameters] = []
+    visits: list[_Visit] = []
     velocity = {k: [torch.zeros_like(p) for p in own.values()] for k, own in theta.items()}
     for f in path:
-        visited.append(theta)
-        g, moved = gradient(f, theta), {}
+        visits.append(visit(f, theta))
+        g, moved = outer.average(visits[-1].constant()), {}
         for k, own in theta.items():
             for v, d, p, rho in zip(velocity[k], g[k], own.values(), decay[k], strict=True):
                 v.mul_(mu).add_(d).add_(p, alpha=rho)
             moved[k] = dict(zip(own, torch._foreach_sub(list(own.values()), velocity[k], alpha=lr), strict=True))
         theta = moved
 
-    a = gradient(final, theta)
+    a = outer.average(visit(final, theta, again=False).constant())
     b = {k: [torch.zeros_like(x) for x in own] for k, own in a.items()}
     total = {k: [torch.zeros_like(p) for p in own.values()] for k, own in phi.items()}
-    for f, at in zip(reversed(path), reversed(visited), strict=True):
+    while visits:
+        leaves, chosen, g = visits.pop()
         c = {k: torch._foreach_sub(b[k], a[k], alpha=lr) for k in a}
-        leaves = {k: {name: p.requires_grad_() for name, p in _detached(own).items()} for k, own in at.items()}
-        chosen = {k: {name: p.requires_grad_() for name, p in _detached(own).items()} for k, own in phi.items()}
         with torch.enable_grad():
-            value = f(outer.show({k: {**leaves[k], **chosen[k]} for k in leaves}))
-            g = _derivatives(value, leaves, create_graph=True)
             along = torch.stack([(x * y).sum() for k in g for x, y in zip(g[k], c[k], strict=True)]).sum()
-        both = {k: {**leaves[k], **chosen[k]} for k in leaves}
-        second = _derivatives(along, both)
+        second = _derivatives(along, {k: {**leaves[k], **chosen[k]} for k in leaves})
         for k, found in second.items():
             torch._foreach_add_(total[k], found[len(leaves[k]) :])
         h = outer.average({k: found[: len(leaves[k])] for k, found in second.items()})
@@ -250,6 +248,18 @@ def hypergradient(
                     mu * (b[k][i] - lr * a[k][i]),
                 )
     return total
+
+
+class _Visit(NamedTuple):
+    """What a look-ahead step leaves for the way back: with its graph, nothing has to be computed twice."""
+
+    theta: Parameters
+    phi: Parameters
+    gradient: dict[int, list[Tensor]]
+    """Of theta, a function of both."""
+
+    def constant(self) -> dict[int, list[Tensor]]:
+        return {k: [g.detach() for g in own] for k, own in self.gradient.items()}
 
 
 def _detached(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

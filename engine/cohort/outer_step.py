@@ -13,6 +13,7 @@ from torch.func import functional_call
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.cohort.precision import autocast, exact_products
+from engine.cohort.second_derivative import DifferentiatedTwice
 from losses import Progress, Signals
 from losses.capabilities import OuterProblem, OuterStep
 from losses.functional import flat
@@ -61,7 +62,8 @@ def _show(
     own: dict[int, Signals] = {}
     views = cohort.views_of(batch)
     # float16 would need a scale of its own.
-    with autocast(cohort.device, torch.bfloat16 if cohort.autocast is torch.bfloat16 else None):
+    dtype = torch.bfloat16 if cohort.autocast is torch.bfloat16 else None
+    with DifferentiatedTwice(), autocast(cohort.device, dtype):
         for k, resident in cohort.residents.items():
             cohort.streams.before_peer(k, progress.step, 0)
             buffers = {name: b.clone() for name, b in resident.peer.named_buffers()}
