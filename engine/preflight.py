@@ -69,8 +69,7 @@ def check_run(
     _check_folder("dir", config.folder, "the run's folder")
     if config.placement.meeting is not None:
         _check_folder("placement.meeting", config.placement.meeting.expanduser(), "the folder where peers meet")
-    if fresh or not checkpoint.steps_on_disk(config.folder):
-        _check_weights(config)
+    _check_weights(config, going_on=not fresh and bool(checkpoint.steps_on_disk(config.folder)))
     if not fresh:
         _check_same_run(config)
         rollback.read(config.folder)
@@ -104,12 +103,12 @@ def _check_networks(config: RunConfig, placement: Placement) -> None:
                 models.try_images(peer.network, peer.options, **sizes)
             except ValueError as error:
                 raise ConfigError(f"peers.{index}: network {peer.network!r}: {error}") from None
-        if peer.frozen or "layer_decay" in optimizer.options:
+        if peer.learns and (peer.frozen_parts or "layer_decay" in optimizer.options):
             with weightless(peer.network):
                 network = models.create(peer.network, 2, data.channels, **peer.options)
             with _of_peer(index):
                 check_grouping(network, peer.network, optimizer)
-                freeze(network, peer.frozen)
+                freeze(network, peer.frozen_parts)
 
 
 @contextmanager
@@ -174,10 +173,10 @@ def check_data(config: RunConfig) -> Sizes:
         raise ConfigError(f"data{'.' if word in DataConfig.model_fields else ': '}{error}") from None
 
 
-def _check_weights(config: RunConfig) -> None:
-    """The files of weights that peers start from; a run that goes on has its own."""
+def _check_weights(config: RunConfig, *, going_on: bool) -> None:
+    """The files of weights that peers start from; a run that goes on has its own, but for those of frozen peers."""
     for index, peer in enumerate(config.peers):
-        if not isinstance(peer.pretrained, str):
+        if not isinstance(peer.pretrained, str) or (going_on and peer.learns):
             continue
         try:
             models.check(
@@ -186,9 +185,11 @@ def _check_weights(config: RunConfig) -> None:
                 num_classes=config.data.num_classes or 1000,
                 in_channels=config.data.channels,
                 pretrained=peer.pretrained,
+                entire=not peer.learns,
             )
         except ValueError as error:
-            raise ConfigError(f"peers.{index}: {error}") from None
+            kept = "; a run keeps no copy of a frozen peer's weights" if going_on else ""
+            raise ConfigError(f"peers.{index}: {error}{kept}") from None
 
 
 def _check_folder(key: str, folder: Path, wanted: str) -> None:

@@ -199,7 +199,8 @@ def _step(cohort: Cohort, config: RunConfig, placement: Placement, steps: Sequen
 
 def _known_waits(cohort: Cohort) -> Iterator[str]:
     """Where the host waits and a rehearsal takes another way."""
-    optimizers = [cohort.config.optimizer_of(cohort.config.cohort[k][1]).name for k in cohort.residents]
+    learners = [cohort.config.cohort[k][1] for k in cohort.residents if cohort.config.cohort[k][1].learns]
+    optimizers = [cohort.config.optimizer_of(peer).name for peer in learners]
     for name in dict.fromkeys(optimizers):
         if not fusible(name):
             yield f"optimizer.name = {name}: is not fused, so each update waits for its flag"

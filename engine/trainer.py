@@ -331,7 +331,7 @@ class _Run:
 
     def _score(self) -> float:
         """Scores the cohort, and its averages where there are some. Returns the mean top-1 of the peers."""
-        names = [name for name, _ in self.config.trained]
+        names = self.config.learners
         scores = evaluate_cohort(self.cohort, self.pipeline)
         found = collapsed(scores, self._scored, names)
         self._scored = scores

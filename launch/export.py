@@ -37,7 +37,12 @@ def main() -> None:
     options = arguments.parse_args()
     with user_errors(Launch.from_environment()):
         config = settings_of(options.run)
-        cohort = dict(config.trained)
+        cohort = {name: peer for name, peer in config.trained if peer.learns}
+        frozen = {name: peer for name, peer in config.trained if not peer.learns}
+        if options.peer in frozen:
+            given = frozen[options.peer].pretrained
+            where = given if isinstance(given, str) else f"the published ones of {frozen[options.peer].network}"
+            raise ConfigError(f"--peer {options.peer}: is frozen, so its weights are still {where}; expected another")
         if options.peer and options.peer not in cohort:
             near = difflib.get_close_matches(options.peer, cohort, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -85,6 +85,9 @@ class Method(nn.Module, ABC):
     exchange: Literal["none", "detached", "differentiable"] = "detached"
     """Whether signals of other peers come without gradient or carry it back to their owner; `none` sends nothing. Where
     they carry it, the terms of a rank are its share of the objective, and all ranks' shares must use all signals."""
+    frozen_hindrance: ClassVar[str | None] = None
+    """Why no peer may be a trained network that shows signals and learns nothing, beside what `losses.frozen` knows of
+    any method. Such a peer is never among `residents`."""
     deployed: ClassVar[Literal["first", "best", "mean", "leader", "ema", "ensemble"]] = "mean"
     """Whose accuracy the paper reports, see `report.deployed` of a config."""
 

@@ -52,6 +52,7 @@ class OKDDip(SharedTrunk, Method):
     name = "okddip"
     Options = OKDDipOptions
     deployed = "leader"
+    frozen_hindrance = "its attention is learned by all peers' terms together"
     options: OKDDipOptions
     signals: ClassVar[tuple[str, ...]] = ("logits", "features")
 

@@ -46,11 +46,12 @@ def check_value(pretrained: object) -> None:
         )
 
 
-def load_published(network: nn.Module, published: Published) -> None:
+def load_published(network: nn.Module, published: Published, *, entire: bool = False) -> None:
     """Downloads a network's weights into it.
 
     Raises:
-        WeightsError: they did not arrive; says how to do without a download. Or they do not fit.
+        WeightsError: they did not arrive; says how to do without a download. Or they do not fit, or where they must be
+            `entire`, leave something at random.
     """
     hint = (
         f"without a network, fetch {published.url} elsewhere and give `pretrained` the path of that file "
@@ -68,35 +69,48 @@ def load_published(network: nn.Module, published: Published) -> None:
     state, changed = adapted(network, state)
     if refitted := [*published.refitted, *changed]:
         _tell(network, where, f"made to fit: {', '.join(refitted)}")
-    _load(network, state, where, published.fresh)
+    _load(network, state, where, published.fresh, entire=entire)
 
 
-def load_file(network: nn.Module, path: str) -> None:
+def load_file(network: nn.Module, path: str, *, entire: bool = False) -> None:
     """Loads a file's weights into the network that they are of.
 
     Raises:
-        WeightsError: the file cannot be read or its weights do not fit.
+        WeightsError: the file cannot be read or its weights do not fit, or where they must be `entire`, leave something
+            at random.
     """
     state, remarks = fitting_weights(network, path)
     for remark in remarks:
         _tell(network, path, remark)
-    _load(network, state, path)
+    _load(network, state, path, entire=entire)
 
 
-def check_file(network: nn.Module, path: str) -> None:
+def check_file(network: nn.Module, path: str, *, entire: bool = False) -> None:
     """Raises what `load_file` would raise; the network is only looked at."""
-    _fitting(network, fitting_weights(network, path)[0], path, ())
+    _, left = _fitting(network, fitting_weights(network, path)[0], path, ())
+    _check_entire(left, path, entire)
 
 
 def _tell(network: nn.Module, where: str, remark: str) -> None:
     _log.warning("%s from %s: %s", type(network).__name__, where, remark)
 
 
-def _load(network: nn.Module, state: Mapping[str, Tensor], where: str, fresh: Collection[str] = ()) -> None:
+def _load(
+    network: nn.Module, state: Mapping[str, Tensor], where: str, fresh: Collection[str] = (), *, entire: bool
+) -> None:
     fitting, left = _fitting(network, state, where, fresh)
+    _check_entire(left, where, entire)
     network.load_state_dict(fitting, strict=False)
     if left:
         _tell(network, where, f"{', '.join(left)} stay at their random initialisation")
+
+
+def _check_entire(left: Collection[str], where: str, entire: bool) -> None:
+    if left and entire:
+        raise WeightsError(
+            f"pretrained: {where} would leave {', '.join(left)} at random; expected weights of the whole network, for "
+            "as many classes as the data have, as it does not learn"
+        )
 
 
 def _fitting(

@@ -106,7 +106,13 @@ def families() -> list[Family]:
 
 
 def create(
-    name: str, num_classes: int, in_channels: int = 3, *, pretrained: Pretrained = False, **options: Any
+    name: str,
+    num_classes: int,
+    in_channels: int = 3,
+    *,
+    pretrained: Pretrained = False,
+    entire: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """Build a network; nothing is ever downloaded without being asked for.
 
@@ -117,6 +123,7 @@ def create(
         pretrained: False for random weights, True for those that the network's library publishes (this downloads them),
             or the path of a file of weights of this very network, see `models.weight_files`. A classifier of another
             number of classes stays at random, which is logged; all other tensors must fit or be made to.
+        entire: nothing may stay at random.
         **options: keyword arguments of the network, such as `drop_path_rate` for timm's or `width` for ours.
 
     Returns:
@@ -132,9 +139,9 @@ def create(
         check_value(pretrained)
         network = _create(name, num_classes, in_channels, options)
         if pretrained is True:
-            load_published(network, _published(name, in_channels, options))
+            load_published(network, _published(name, in_channels, options), entire=entire)
         elif pretrained:
-            load_file(network, pretrained)
+            load_file(network, pretrained, entire=entire)
     return network
 
 
@@ -145,6 +152,7 @@ def check(
     num_classes: int = 1000,
     in_channels: int = 3,
     pretrained: Pretrained = False,
+    entire: bool = False,
     read: bool = True,
 ) -> None:
     """Raise what `create` would raise, without memory for weights; the random state stays as it is.
@@ -164,7 +172,7 @@ def check(
         if pretrained is True:
             _published(name, in_channels, options or {})
         elif pretrained and read:
-            check_file(network, pretrained)
+            check_file(network, pretrained, entire=entire)
 
 
 def names(filter: str = "*") -> list[str]:

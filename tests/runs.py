@@ -45,13 +45,14 @@ def train_here(config: RunConfig) -> None:
 
 
 def weights(folder: Path, step: int | None = None) -> dict[str, torch.Tensor]:
-    """Every tensor of every peer's network in a checkpoint, the newest if no step is given, as `peer/name`."""
+    """Every tensor of the network of every peer that learns in a checkpoint, the newest if no step is given, as
+    `peer/name`."""
     where = checkpoint.folder_of(folder, step or checkpoint.steps_on_disk(folder)[-1])
     manifest = loading.verify(where)
     return {
         f"{peer}/{name}": tensor
         for peer in manifest.peers
-        for name, tensor in loading.read_state(where, f"peer_{peer}.pt")["network"].items()
+        for name, tensor in loading.read_state(where, f"peer_{peer}.pt").get("network", {}).items()
     }
 
 

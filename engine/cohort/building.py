@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+from engine.cohort.frozen import Frozen, reference
 from engine.cohort.optim import make_optimizer, make_schedule, set_weight_decay
 from engine.cohort.outline import Outline, outline
 from engine.cohort.parameter_groups import Said, said_by
@@ -82,12 +83,21 @@ class Builder:
             method = METHODS[self._config.method.name](self._config.method, [outline.info for outline in outlines])
         train = self._config.train
         method.classify = classifier(train.loss, threshold=train.bce_threshold, sum_classes=train.bce_sum)
-        turns = turns_of(type(method), self._config.method, len(outlines))
-        whole_at_once = len(turns) == 1 and method.exchange != "differentiable"
+        frozen = len(self._config.learners) < len(self._config.trained)
+        whole_at_once = len(self.turns(type(method))) == 1 and method.exchange != "differentiable" and not frozen
         if not whole_at_once and any(p.requires_grad for p in method.parameters()):
             # Their gradient is whole on every rank only if every rank computes the whole objective of its rows at once.
-            raise ValueError(f"{method.name}: modules that all peers share need one turn and signals without gradient")
+            raise ValueError(
+                f"{method.name}: modules that all peers share need one turn, signals without gradient and peers that "
+                "all learn"
+            )
         return self._placed(method)
+
+    def turns(self, method: type[Method]) -> Sequence[Sequence[int]]:
+        """The peers that are updated together, turn after turn."""
+        learn = [peer.learns for _, peer in self._config.cohort]
+        turns = [[k for k in turn if learn[k]] for turn in turns_of(method, self._config.method, len(learn))]
+        return [turn for turn in turns if turn]
 
     def trunk(self, outline: Outline, method: Method) -> Trunk | None:
         """The trunk that all peers share, if they share one, cut off the first peer's network."""
@@ -105,15 +115,16 @@ class Builder:
 
     def resident(self, index: int, outline: Outline, method: Method, trunk: Trunk | None) -> Resident:
         """A peer that lives here."""
+        own = self._config.cohort[index][1]
         head = self._head(index, outline, method)
         network = self._network(index, initial=True)
-        config = self._config.optimizer_of(self._config.cohort[index][1])
+        config = self._config.optimizer_of(own)
         said = said_by(network, config)
         whole = network
         if trunk is not None and outline.trunk is not None:
             _, network = cut(network, outline.trunk)
             whole = Joined(trunk.module, network)
-        ema = self._average(whole, method)
+        ema = self._average(whole, method) if own.learns else None
         above = {name: path for name, path in outline.taps.items() if _has(network, path)}
         taps = Taps(network, above, outline.inputs) if outline.inputs else None
         if self._config.precision.compile:
@@ -130,13 +141,16 @@ class Builder:
             name=self._config.cohort[index][0],
             peer=peer,
             whole=whole,
-            wrapped=self._averaged(peer, self._replica_group, [names[id(p)] for p in unsynchronised]),
+            wrapped=self._averaged(peer, self._replica_group, [names[id(p)] for p in unsynchronised])
+            if own.learns
+            else Frozen(peer),
             unsynchronised=frozenset(names[id(p)] for p in unsynchronised),
-            optimizer=self.optimizer(peer, config, said),
+            optimizer=self.optimizer(peer, config, said) if own.learns else None,
             parameters=list(peer.parameters()),
             outer={names[id(p)]: p for p in outer},
             outer_optimizer=outer_optimizer,
             ema=ema,
+            reference=None if own.learns or self._streams.device.type == "meta" else reference(own, whole),
         )
 
     def optimizer(self, module: nn.Module, config: OptimizerConfig, said: Said | None = None) -> torch.optim.Optimizer:
@@ -144,6 +158,12 @@ class Builder:
         optimizer = make_optimizer(module, config, said)
         self._schedule(optimizer)
         return optimizer
+
+    def idle(self) -> torch.optim.Optimizer:
+        """An optimiser that goes through the steps on a rank where nothing learns, at the rate of the first learner."""
+        first = next(peer for _, peer in self._config.cohort if peer.learns)
+        number = nn.Parameter(torch.zeros(1, device=self._streams.device))
+        return self.optimizer(nn.ParameterList([number]), self._config.optimizer_of(first))
 
     def shared_optimizer(self, shared: nn.Module, method: Method) -> torch.optim.Optimizer | None:
         """That of the modules that all peers share, if any of them learns."""
@@ -166,15 +186,22 @@ class Builder:
 
     def _network(self, index: int, *, initial: bool = False) -> nn.Module:
         peer = self._config.cohort[index][1]
-        pretrained = peer.pretrained if initial and self._initial else False
         on_meta = self._streams.device.type == "meta"
+        wanted = initial and (self._initial or not (peer.learns or on_meta))
+        pretrained = peer.pretrained if wanted else False
         with self._streams.initial_network(index), weightless(peer.network) if on_meta else contextlib.nullcontext():
             network = models.create(
-                peer.network, self._num_classes, self._channels, pretrained=pretrained, **peer.options
+                peer.network,
+                self._num_classes,
+                self._channels,
+                pretrained=pretrained,
+                entire=not peer.learns,
+                **peer.options,
             )
         if initial:
-            freeze(network, peer.frozen)
-        return self._placed(network)
+            freeze(network, peer.frozen_parts)
+        network = self._placed(network)
+        return network if peer.learns else network.requires_grad_(False).eval()
 
     def _copy(self, index: int) -> nn.Module:
         network = self._network(index)

@@ -28,7 +28,7 @@ from engine.ranks.placement import Placement
 from engine.ranks.roll_call import program
 from engine.ranks.tables import make_table
 from losses import Progress, Signals, Terms
-from losses.capabilities import AllRows, LooksAtImages, MeetsAsJobs, Tables, Teachers, turns_of
+from losses.capabilities import AllRows, LooksAtImages, MeetsAsJobs, Tables, Teachers
 
 
 class Cohort:
@@ -60,7 +60,7 @@ class Cohort:
         builder = Builder(config, placement, self.streams, self.replica_group, initial=initial, **sizes)
         outlines = [builder.outline(index) for index in range(placement.num_peers)]
         self.method = builder.method(outlines)
-        self.turns = turns_of(type(self.method), config.method, placement.num_peers)
+        self.turns = builder.turns(type(self.method))
         self.meeting = None
         if placement.only is not None and isinstance(self.method, MeetsAsJobs):
             self.meeting = Meeting(config, placement, self.method.shapes_shown(), device)
@@ -70,9 +70,12 @@ class Cohort:
         self.shared_optimizer = builder.shared_optimizer(self.shared, self.method)
         self.shared_parameters = list(self.shared.parameters())
         self.residents = {k: builder.resident(k, outlines[k], self.method, self.trunk) for k in placement.residents}
+        # Whose learning rate is that of this rank, and which keeps up the loss scale, where only frozen peers live.
+        self.idle = None if any(r.optimizer for r in self.residents.values()) else builder.idle()
         self._schedules = builder.schedules
         teachers = [r.ema for r in self.residents.values() if isinstance(r.ema, Teacher)]
-        self._remembered = Remembered([*(r.peer for r in self.residents.values()), *teachers, self.shared])
+        moving = [r.peer for r in self.residents.values() if r.optimizer is not None]
+        self._remembered = Remembered([*moving, *teachers, self.shared])
         self.nothing = torch.zeros((), device=device)
 
     def prepare(self, classes: Tensor) -> None:
@@ -198,9 +201,9 @@ class Cohort:
     # -- between steps ------------------------------------------------------------------------------------------------
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Of each resident, then of the method's shared modules, then of outer steps."""
-        shared = [self.shared_optimizer] if self.shared_optimizer else []
-        return [*(r.optimizer for r in self.residents.values()), *shared, *self.outer_optimizers()]
+        """Of each resident that learns, then of the method's shared modules, then of outer steps."""
+        own = [r.optimizer for r in self.residents.values()]
+        return [o for o in (*own, self.idle, self.shared_optimizer, *self.outer_optimizers()) if o is not None]
 
     def outer_optimizers(self) -> list[torch.optim.Optimizer]:
         """Of what outer steps move, of each resident that has some."""
@@ -209,7 +212,7 @@ class Cohort:
     def networks(self, ema: bool = False) -> dict[int, nn.Module]:
         """The residents' plain networks, or their moving averages."""
         if ema:
-            return {k: r.ema.module for k, r in self.residents.items() if r.ema is not None}
+            return {k: average for k, r in self.residents.items() if (average := r.averaged) is not None}
         return {k: r.whole for k, r in self.residents.items()}
 
     def average_buffers(self) -> None:
@@ -217,7 +220,7 @@ class Cohort:
 
         Each rank's statistics are linear in its batches, so averaging now and going on is the same as averaging later.
         """
-        own = [module for r in self.residents.values() for module in (r.peer, r.ema) if module is not None]
+        own = [module for r in self.residents.values() for module in r.moving]
         average(floats(own), self.replica_group)
         # Of a method's other buffers only the method knows what they mean; in evaluation mode statistics stay fixed.
         statistics = [module for module in self.method.modules() if isinstance(module, _BatchNorm) and module.training]

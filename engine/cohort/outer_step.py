@@ -27,7 +27,7 @@ def outer_gradients(cohort: Cohort, batch: Batch, progress: Progress) -> bool:
     """
     method = cohort.method
     assert isinstance(method, OuterProblem)
-    groups = {k: r.optimizer.param_groups for k, r in cohort.residents.items()}
+    groups = {k: r.optimizer.param_groups for k, r in cohort.residents.items() if r.optimizer is not None}
     decay = {k: {id(p): group["weight_decay"] for group in own for p in group["params"]} for k, own in groups.items()}
     named = {k: dict(r.peer.named_parameters()) for k, r in cohort.residents.items()}
     # torch.compile has no second derivative.

@@ -9,6 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from engine.cohort.frozen import Reference
 from engine.cohort.teacher import Teacher
 from models.stages import Taps
 
@@ -57,7 +58,8 @@ class Resident:
     """The peer's network, with the trunk where that is shared: what is evaluated and exported."""
     wrapped: nn.Module
     """The peer as it is called in training: it averages gradients over its replica group, if that has several ranks."""
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
+    """None of a frozen peer, of which nothing changes."""
     parameters: list[nn.Parameter]
     """Of the peer, in its order; to walk through its modules in every step would take longer than a small step."""
     unsynchronised: frozenset[str]
@@ -67,6 +69,22 @@ class Resident:
     outer_optimizer: torch.optim.Optimizer | None
     ema: ModelEmaV3 | Teacher | None
     """The peer's moving average; a method's teacher, where it has one."""
+    reference: Reference | None
+    """Where a frozen peer's weights come from, which are not saved."""
+
+    @property
+    def averaged(self) -> nn.Module | None:
+        """The network of the moving average; a frozen peer is its own."""
+        if self.ema is not None:
+            return self.ema.module
+        return self.whole if self.optimizer is None else None
+
+    @property
+    def moving(self) -> list[nn.Module]:
+        """What holds statistics that follow the images."""
+        if self.optimizer is None:
+            return []
+        return [self.peer] if self.ema is None else [self.peer, self.ema]
 
     def update_average(self, decay: float | None, step: int) -> None:
         """Moves the average, if there is one, after update number `step`; a teacher with the method's decay."""

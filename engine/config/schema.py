@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 import models
 from data_pipelines import DataConfig
+from engine.config.frozen import check_frozen
 from engine.config.sections import (
     AnyMethod,
     CheckpointConfig,
@@ -105,6 +106,11 @@ class RunConfig(Section):
         """Those of the cohort that this run trains: all, or one where peers are jobs of their own."""
         return [(name, peer) for name, peer in self.cohort if self.placement.peer in (None, name)]
 
+    @property
+    def learners(self) -> list[str]:
+        """The names of those that learn: all but frozen ones."""
+        return [name for name, peer in self.trained if peer.learns]
+
     def _check_ranks(self, names: list[str]) -> None:
         given = self.placement.ranks
         if given is None:
@@ -144,6 +150,7 @@ class RunConfig(Section):
             except ValueError as error:
                 raise ValueError(f"peers.{index}: {error}") from None
         method = METHODS[self.method.name]
+        check_frozen(self.peers, method, self.method)
         try:
             method.check(self.method, len(names))
         except ValueError as error:
@@ -174,7 +181,7 @@ class RunConfig(Section):
                     f"peers: {self.method.name} shares a trunk between peers of one network; found "
                     f"{', '.join(sorted(network for network, _ in kinds))}"
                 )
-            if len({tuple(peer.frozen) for peer in self.peers}) > 1:
+            if len({tuple(peer.frozen_parts) for peer in self.peers}) > 1:
                 raise ValueError(f"peers: {self.method.name} shares a trunk; expected the same frozen for all peers")
         if issubclass(method, ActsAfterStep) and method.alike:
             found = {f"{peer.network} {peer.options}" if peer.options else peer.network for peer in self.peers}

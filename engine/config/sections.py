@@ -83,11 +83,22 @@ class PeerConfig(Section):
         "of a file of weights (.safetensors, .pt, .pth, .pth.tar, .bin, .ckpt), of this or another trainer",
     )
     optimizer: PeerOptimizerConfig = PeerOptimizerConfig()
-    frozen: list[str] = Field(
+    frozen: bool | list[str] = Field(
         [],
         description="parts of the network that do not learn: submodules (layer1) or shell patterns of names of weights "
-        "(blocks.[01].*); their normalisation keeps its statistics too",
+        "(blocks.[01].*); their normalisation keeps its statistics too. true: the whole peer, a trained network "
+        "(pretrained) that teaches and learns nothing",
     )
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything of it does."""
+        return self.frozen is not True
+
+    @property
+    def frozen_parts(self) -> list[str]:
+        """What of a peer that learns does not."""
+        return self.frozen if isinstance(self.frozen, list) else []
 
 
 class ScheduleConfig(Section):

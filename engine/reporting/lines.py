@@ -58,7 +58,7 @@ def report_training(tracker: Tracker, config: RunConfig, stretch: Stretch, readi
     """Keeps a line about training, and shows the mean loss of the peers that this run trains, and the speed."""
     line = training_line(config, stretch, reading, signs)
     tracker.write(stretch.end, line)
-    loss = sum(values.nanmean().item() for values in reading.terms.values()) / len(config.trained)
+    loss = sum(values.nanmean().item() for values in reading.terms.values()) / len(config.learners)
     images = f"{line['speed/images_per_second']:.0f}/s"
     tracker.progress(stretch.end, lr=f"{stretch.lr:.3g}", loss=f"{loss:.3f}", images=images)
     if reading.skipped:

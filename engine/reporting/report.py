@@ -26,13 +26,16 @@ def table(runs: Sequence[Path]) -> str:
     for run in runs:
         lines, config, title = found[run], load_run(run), titles[run]
         names = [name for name, _ in config.trained]
+        learners = config.learners
         for prefix in ("val", "ema"):
             for name in (*names, "ensemble"):
                 key = f"{prefix}/{name}"
-                if f"{key}/top1" not in lines[-1]:
+                frozen = name in names and name not in learners
+                if f"{key}/top1" not in lines[-1] or (frozen and prefix == "ema"):
                     continue
                 best = max(lines, key=operator.itemgetter(f"{key}/top1"))
                 shown = name if prefix == "val" else f"{name} (average)"
+                shown += " (frozen)" * frozen
                 last = [f"{lines[-1][f'{key}/{part}']:.2f}" for part in ("top1", "top5")]
                 # A loss that is not finite is null in metrics.jsonl.
                 loss = "-" if lines[-1][f"{key}/loss"] is None else f"{lines[-1][f'{key}/loss']:.3f}"
@@ -49,7 +52,7 @@ def table(runs: Sequence[Path]) -> str:
                 )
         if len(names) > 1:
             notes.append(f"{title}: deployed: {deployed(config, lines[-1])}")
-            mean = sum(lines[-1][f"val/{name}/top1"] for name in names) / len(names)
+            mean = sum(lines[-1][f"val/{name}/top1"] for name in learners) / len(learners)
             disagreement = lines[-1]["val/disagreement"]
             notes.append(f"{title}: the peers' mean top-1 is {mean:.2f} %; two peers disagree on {disagreement:.2f} %")
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
@@ -72,7 +75,7 @@ def _titles(runs: Sequence[Path]) -> dict[Path, str]:
 
 def deployed(config: RunConfig, scores: dict[str, Any]) -> str:
     """Whose accuracy stands for the run (`report.deployed`), and what it is at an evaluation."""
-    names = [name for name, _ in config.trained]
+    names = config.learners
     top1 = {name: scores[f"val/{name}/top1"] for name in names}
     if config.deployed == "mean":
         return f"the mean of the peers, top-1 {sum(top1.values()) / len(names):.2f} %"

@@ -1,7 +1,8 @@
 """What a checkpoint is: a folder a step, written aside, synced and renamed, with the size and SHA-256 of every file.
 
     checkpoints/step_00001200/
-        peer_NAME.pt    network, head, optimiser, moving average of one peer
+        peer_NAME.pt    network, head, optimiser, moving average of one peer; of a frozen one the path of its weights
+                        and their SHA-256
         shared.pt       what all peers share: the method's modules and buffers, a trunk, and their optimiser
         tables_*.pt     rows of the method's tables, if it has some, in parts
         manifest.json   step, files, the small state of the run and its own SHA-256; written last
@@ -117,8 +118,10 @@ def remove(folder: Path) -> None:
 
 
 def state_of(resident: Resident) -> dict[str, Any]:
-    """What the file of a peer holds."""
+    """What the file of a peer holds; of a frozen one, where its weights are."""
     peer = resident.peer
+    if resident.optimizer is None:
+        return {"reference": resident.reference and asdict(resident.reference)}
     return {
         "network": plain_state(resident.whole),
         "head": peer.head and peer.head.state_dict(),

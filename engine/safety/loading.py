@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import models
 from engine.cohort.cohort import Cohort
-from engine.config import RunConfig
+from engine.cohort.frozen import Reference, reference
+from engine.config import PeerConfig, RunConfig
 from engine.files import digest, read_bytes
 from engine.ranks.tables import load_parts
 from engine.safety.checkpoint import (
@@ -115,6 +116,11 @@ def load_networks(
             name, peer = config.cohort[index]
             file = f"peer_{name}.pt"
             state = read_state(folder, file, manifest.files[file])
+            if not peer.learns:
+                network = _frozen(folder / file, state, peer, manifest)
+                for prefix in ("val", "ema") if config.train.ema_decay else ("val",):
+                    found[prefix][index] = network.to(device, memory_format=layout)  # type: ignore[call-overload]
+                continue
             for prefix, part in (("val", "network"), ("ema", "ema")):
                 with _fits(folder / file):
                     if state[part] is None and part == "ema":
@@ -123,6 +129,30 @@ def load_networks(
                     network.load_state_dict(state[part])
                 found[prefix][index] = network.to(device, memory_format=layout)  # type: ignore[call-overload]
     return dict(found)
+
+
+def _frozen(file: Path, state: Mapping[str, Any], peer: PeerConfig, manifest: Manifest) -> nn.Module:
+    """The network of a frozen peer, which a checkpoint but refers to. Raises: CheckpointError, as it is another."""
+    with _fits(file):
+        network = models.create(
+            peer.network,
+            manifest.num_classes,
+            manifest.channels,
+            pretrained=peer.pretrained,
+            entire=True,
+            **peer.options,
+        )
+        _check_reference(state["reference"], reference(peer, network))
+    return network
+
+
+def _check_reference(stored: Mapping[str, str], found: Reference | None) -> None:
+    if found is not None and found.sha256 != stored["sha256"]:
+        raise CheckpointError(
+            f"{found.source}: not the weights that the run was started with, those of {stored['source']}: SHA-256 "
+            f"{found.sha256[:12]}..., expected {stored['sha256'][:12]}...; bring those back (a run keeps no copy of a "
+            "frozen peer's weights)"
+        )
 
 
 def load(run: Path, manifest: Manifest, cohort: Cohort) -> None:
@@ -164,6 +194,9 @@ def _load(folder: Path, manifest: Manifest, cohort: Cohort) -> None:
     _check_cohort(folder, manifest, cohort.config)
     for resident in cohort.residents.values():
         with _restored(folder, f"peer_{resident.name}.pt", manifest, state_of(resident)) as state:
+            if resident.optimizer is None:
+                _check_reference(state["reference"], resident.reference)
+                continue
             load_plain_state(resident.whole, state["network"])
             if resident.peer.head is not None:
                 resident.peer.head.load_state_dict(state["head"])

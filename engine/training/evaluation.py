@@ -18,7 +18,7 @@ from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
-from losses.capabilities import HeldOutSurveys
+from losses.capabilities import HeldOutSurveys, Teachers
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
         `val/PEER/top1` and so on, and the same with `ema/`; `ensemble` stands beside the peers. The keys of
         `metrics.jsonl`.
     """
-    averaged = any(resident.ema is not None for resident in cohort.residents.values())
+    averaged = bool(cohort.config.train.ema_decay) or isinstance(cohort.method, Teachers)
     networks = {"val": cohort.networks(), **({"ema": cohort.networks(ema=True)} if averaged else {})}
     values = score(networks, cohort.config, cohort.exchange, cohort.placement, pipeline, cohort.device)
     _drop_maps(cohort)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
-from torch import nn
 
 from engine.cohort.cohort import Cohort
+from engine.cohort.frozen import digest_of
 from engine.config import PeerConfig, RunConfig
-from models.stages import plain_state
 
 
 def remarks(config: RunConfig, steps_per_epoch: int, images: int) -> Iterator[str]:
@@ -60,7 +58,7 @@ def twins(cohort: Cohort) -> Iterator[str]:
         return
     kinds = {name: _kind(peer) for name, peer in cohort.config.trained}
     mine = {
-        r.name: _digest(r.whole) + kinds[r.name] for r in cohort.residents.values() if r.name in suspects & pretrained
+        r.name: digest_of(r.whole) + kinds[r.name] for r in cohort.residents.values() if r.name in suspects & pretrained
     }
     told: list[dict[str, str]] = [{}] * cohort.placement.world
     dist.all_gather_object(told, mine)
@@ -81,10 +79,3 @@ def _twins(names: Sequence[str]) -> str:
         "they stay equal and teach each other nothing; let them differ, by peers.N.network, peers.N.pretrained or "
         "data.views = per_peer"
     )
-
-
-def _digest(network: nn.Module) -> str:
-    found = hashlib.sha256()
-    for tensor in plain_state(network).values():
-        found.update(tensor.detach().cpu().contiguous().flatten().numpy().tobytes())
-    return found.hexdigest()

@@ -148,8 +148,10 @@ def _update(
     """
     residents = [cohort.residents[k] for k in learners]
     learns: list[tuple[Sequence[nn.Parameter], torch.optim.Optimizer]] = [
-        (r.parameters, r.optimizer) for r in residents
+        (r.parameters, r.optimizer) for r in residents if r.optimizer is not None
     ]
+    if cohort.idle is not None and cohort.scaler.is_enabled():
+        learns.append((_without_gradient(cohort.idle, cohort.scaler), cohort.idle))
     if cohort.shared_optimizer:
         learns.append((cohort.shared_parameters, cohort.shared_optimizer))
     norms = [gradient_norm(parameters) for parameters, _ in learns]
@@ -165,6 +167,13 @@ def _update(
             torch.nn.utils.clip_grads_with_norm_(parameters, cohort.config.train.clip_norm, norm)
         update(optimizer, skip, cohort.scaler)
     return skip, stop, {resident.index: norm for resident, norm in zip(residents, norms, strict=False)}
+
+
+def _without_gradient(idle: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> list[nn.Parameter]:
+    """A gradient of 0, from which the loss scale of a rank where nothing learns follows that of the others."""
+    parameters: list[nn.Parameter] = idle.param_groups[0]["params"]
+    scaler.scale(torch.stack([p.sum() * 0 for p in parameters]).sum()).backward()
+    return parameters
 
 
 def _outer_update(cohort: Cohort, stop: Tensor) -> Tensor:
