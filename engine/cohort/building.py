@@ -84,7 +84,7 @@ class Builder:
         train = self._config.train
         method.classify = classifier(train.loss, threshold=train.bce_threshold, sum_classes=train.bce_sum)
         frozen = len(self._config.learners) < len(self._config.trained)
-        whole_at_once = len(self.turns(type(method))) == 1 and method.exchange != "differentiable" and not frozen
+        whole_at_once = len(turns(self._config)) == 1 and method.exchange != "differentiable" and not frozen
         if not whole_at_once and any(p.requires_grad for p in method.parameters()):
             # Their gradient is whole on every rank only if every rank computes the whole objective of its rows at once.
             raise ValueError(
@@ -92,12 +92,6 @@ class Builder:
                 "all learn"
             )
         return self._placed(method)
-
-    def turns(self, method: type[Method]) -> Sequence[Sequence[int]]:
-        """The peers that are updated together, turn after turn."""
-        learn = [peer.learns for _, peer in self._config.cohort]
-        turns = [[k for k in turn if learn[k]] for turn in turns_of(method, self._config.method, len(learn))]
-        return [turn for turn in turns if turn]
 
     def trunk(self, outline: Outline, method: Method) -> Trunk | None:
         """The trunk that all peers share, if they share one, cut off the first peer's network."""
@@ -124,7 +118,7 @@ class Builder:
         if trunk is not None and outline.trunk is not None:
             _, network = cut(network, outline.trunk)
             whole = Joined(trunk.module, network)
-        ema = self._average(whole, method) if own.learns else None
+        ema = _average(whole, method, self._config, self._streams.device) if own.learns else None
         above = {name: path for name, path in outline.taps.items() if _has(network, path)}
         taps = Taps(network, above, outline.inputs) if outline.inputs else None
         if self._config.precision.compile:
@@ -221,19 +215,6 @@ class Builder:
                 p.data.copy_(own)
         return self._placed(head)
 
-    def _average(self, whole: nn.Module, method: Method) -> ModelEmaV3 | Teacher | None:
-        if isinstance(method, Teachers):
-            return Teacher(whole, compiled=self._config.precision.compile)
-        decay, warmup = self._config.train.ema_decay, self._config.train.ema_warmup
-        if not decay:
-            return None
-        if self._streams.device.type != "meta":
-            return ModelEmaV3(whole, decay=decay, use_warmup=warmup)
-        # timm's asks the device for a generator, which meta does not have.
-        average = ModelEmaV3(nn.Linear(1, 1), decay=decay, use_warmup=warmup)
-        average.module = copy.deepcopy(whole).requires_grad_(False).eval()
-        return average
-
     def _placed(self, module: _M) -> _M:
         module = module.to(self._streams.device, memory_format=self._memory_format)  # type: ignore[call-overload]
         if self._config.train.sync_bn and self._streams.device.type == "cuda":
@@ -255,6 +236,27 @@ class Builder:
             gradient_as_bucket_view=True,
             **_KEEP_BUFFERS,
         )
+
+
+def turns(config: RunConfig) -> Sequence[Sequence[int]]:
+    """The peers that are updated together, turn after turn: all that learn at once, or as the method has it."""
+    learn = [peer.learns for _, peer in config.cohort]
+    found = turns_of(METHODS[config.method.name], config.method, len(learn))
+    return [turn for turn in ([k for k in turn if learn[k]] for turn in found) if turn]
+
+
+def _average(whole: nn.Module, method: Method, config: RunConfig, device: torch.device) -> ModelEmaV3 | Teacher | None:
+    if isinstance(method, Teachers):
+        return Teacher(whole, compiled=config.precision.compile)
+    decay, warmup = config.train.ema_decay, config.train.ema_warmup
+    if not decay:
+        return None
+    if device.type != "meta":
+        return ModelEmaV3(whole, decay=decay, use_warmup=warmup)
+    # timm's asks the device for a generator, which meta does not have.
+    average = ModelEmaV3(nn.Linear(1, 1), decay=decay, use_warmup=warmup)
+    average.module = copy.deepcopy(whole).requires_grad_(False).eval()
+    return average
 
 
 def _unsynchronised(method: Method, head: nn.Module | None) -> Sequence[nn.Parameter]:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_pipelines import Batch, Pipeline
 from engine.cohort.buffers import Remembered, average, floats, statistics_stay
-from engine.cohort.building import Builder
+from engine.cohort.building import Builder, turns
 from engine.cohort.precision import AUTOCAST, autocast, exact_products
 from engine.cohort.randomness import Streams
 from engine.cohort.teacher import Teacher
@@ -60,7 +60,7 @@ class Cohort:
         builder = Builder(config, placement, self.streams, self.replica_group, initial=initial, **sizes)
         outlines = [builder.outline(index) for index in range(placement.num_peers)]
         self.method = builder.method(outlines)
-        self.turns = builder.turns(type(self.method))
+        self.turns = turns(config)
         self.meeting = None
         if placement.only is not None and isinstance(self.method, MeetsAsJobs):
             self.meeting = Meeting(config, placement, self.method.shapes_shown(), device)
