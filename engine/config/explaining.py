@@ -33,8 +33,8 @@ _EXPECTED = {
 }
 
 
-def explain(error: ErrorDetails, raw: Mapping[str, Any]) -> str:
-    """One mistake that pydantic has found in a config, in a line for whoever wrote it."""
+def explain(error: ErrorDetails, raw: Mapping[str, Any], whole: type[BaseModel] = RunConfig) -> str:
+    """One mistake that pydantic has found in a config, or in another `whole`, in a line for whoever wrote it."""
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     shown = repr(value) if len(repr(value)) <= 300 else f"{repr(value)[:300]}..."
     loc = [
@@ -42,20 +42,20 @@ def explain(error: ErrorDetails, raw: Mapping[str, Any]) -> str:
     ]
     key = ".".join(str(part) for part in loc)
     if kind == "extra_forbidden":
-        word, model = str(loc[-1]), _section_at(loc[:-1], raw)
+        word, model = str(loc[-1]), _section_at(loc[:-1], raw, whole)
         if loc[:-1] == ["data"] and word in MOVED:
             return f"{key} = {shown}: moved; write data.{'.'.join(MOVED[word])}"
-        section = ".".join(str(part) for part in loc[:-1]) or "a config"
-        near = _nearest_key(word, model)
+        section = ".".join(str(part) for part in loc[:-1]) or ("a config" if whole is RunConfig else "a sweep")
+        near = _nearest_key(word, model) if whole is RunConfig else nearest(word, model.model_fields)
         return f"{key} = {shown}: unknown key{near}; {section} has: {', '.join(sorted(model.model_fields))}"
     if kind == "missing":
         return f"{key}: missing; expected a value"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         name = value.get("name") if isinstance(value, dict) else value
-        return f"{key}.name = {name!r}: expected one of {', '.join(METHODS)}{_nearest(str(name), list(METHODS))}"
+        return f"{key}.name = {name!r}: expected one of {', '.join(METHODS)}{nearest(str(name), list(METHODS))}"
     if kind == "literal_error":
         valid = re.findall(r"'([^']*)'", str(context["expected"]))
-        return f"{key} = {shown}: expected one of {', '.join(valid)}{_nearest(str(value), valid)}"
+        return f"{key} = {shown}: expected one of {', '.join(valid)}{nearest(str(value), valid)}"
     if kind == "value_error":
         return f"{key}.{context['error']}" if key else str(context["error"])
     if kind == "string_pattern_mismatch":
@@ -102,21 +102,21 @@ def _nearest_key(word: str, model: type[BaseModel]) -> str:
     known = ELSEWHERE.get(word) or (namesakes[0] if len(namesakes) == 1 else None)
     if known:
         return f"; did you mean {known!r}?"
-    return _nearest(word, model.model_fields if model is RunConfig else _paths(model))
+    return nearest(word, model.model_fields if model is RunConfig else _paths(model))
 
 
-def _nearest(word: str, choices: Iterable[str]) -> str:
+def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint; a choice is compared by its last part, and one that comes earlier goes before others of the same."""
     by_name = {choice.rpartition(".")[2]: choice for choice in reversed(list(choices))}
     near = difflib.get_close_matches(word, by_name, n=1, cutoff=0.5)
     return f"; did you mean {by_name[near[0]]!r}?" if near else ""
 
 
-def _section_at(loc: Sequence[int | str], raw: Mapping[str, Any]) -> type[BaseModel]:
+def _section_at(loc: Sequence[int | str], raw: Mapping[str, Any], whole: type[BaseModel]) -> type[BaseModel]:
     """What says which keys are valid at `loc`."""
     if list(loc[:1]) == ["method"]:
         return METHODS[raw["method"]["name"]].Options
-    model: type[BaseModel] = RunConfig
+    model = whole
     for part in loc:
         if isinstance(part, str):
             inner = section_of(model.model_fields[part].annotation)

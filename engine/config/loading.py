@@ -97,7 +97,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if config.placement.peer not in (None, run.resolve().name):
             raise ConfigError(f"{run}: holds the run of {config.placement.peer}; expected a folder of that name")
         return config
-    return _with_overrides(_read(Path(path), ()), overrides)
+    return with_overrides(read_with_base(Path(path)), overrides)
 
 
 def load_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -108,7 +108,7 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: it cannot be read, and as `load`.
     """
-    raw = _read(run / "config.yaml", ())
+    raw = read_with_base(run / "config.yaml")
     if isinstance(raw.get("data"), dict):
         raw["data"] = with_moved_keys(raw["data"])
     if not any(override.startswith(("dir=", "name=")) for override in overrides):
@@ -116,10 +116,11 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
         peer = placement.get("peer") if isinstance(placement, dict) else None
         if peer is None or run.resolve().name == peer:
             raw["dir"] = str(run.resolve() if peer is None else run.resolve().parent)
-    return _with_overrides(raw, overrides)
+    return with_overrides(raw, overrides)
 
 
-def _with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """A run of plain data, which is changed, and `section.key=value` over it. Raises: ConfigError, as `load`."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.\w+)*", key):
@@ -188,20 +189,45 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config file as plain data, over all that it inherits; nothing is validated yet.
+
+    Args:
+        seen: the files that have led to this one.
+
+    Raises:
+        ConfigError: it cannot be read, or inherits from itself.
+    """
     try:
         path = path.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # A null byte; links in a circle.
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if path in seen:
         raise ConfigError(f"{path}: inherits from itself through base: {' -> '.join(p.name for p in (*seen, path))}")
+    raw = read_alone(path, f" (base of {seen[-1]})" if seen else "")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base = {base!r}: expected the path of another config, relative to this one")
+    return merge(read_with_base(path.parent / base, (*seen, path)), raw)
+
+
+def read_alone(path: Path, by: str = "") -> dict[str, Any]:
+    """A YAML file of sections as plain data, `base` a key like any other.
+
+    Args:
+        by: said of the file in an error.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise OSError(0, "Not a file")  # A device or a pipe may have no end.
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
-        by = f" (base of {seen[-1]})" if seen else ""
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         near = difflib.get_close_matches(path.name, _yaml_names(path.parent), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -211,19 +237,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     raw = _parse(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections with keys, found {type(raw).__name__}")
-    base = raw.pop("base", None)
-    if base is None:
-        return raw
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base = {base!r}: expected the path of another config, relative to this one")
-    return _merge(_read(path.parent / base, (*seen, path)), raw)
+    return raw
 
 
 def _yaml_names(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")] if folder.is_dir() else []
 
 
-def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """`own` over `base`, section by section. A section that names another kind of thing starts afresh, since the
     options of the one are not options of the other."""
     merged = dict(base)
@@ -233,7 +254,7 @@ def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
             default = getattr(getattr(RunConfig.model_fields.get(key), "default", None), "name", None)
             before = {"name": old.get("name", default), "dataset": old.get("dataset")}
             renamed = any(before[tag] not in (None, value.get(tag, before[tag])) for tag in before)
-            merged[key] = value if renamed else _merge(old, value)
+            merged[key] = value if renamed else merge(old, value)
         else:
             merged[key] = value
     return merged

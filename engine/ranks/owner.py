@@ -150,6 +150,19 @@ def holds(path: Path, token: str) -> bool:
         return False
 
 
+def user_of(folder: Path) -> str | None:
+    """In words, whose run has a folder at the moment, as far as can be seen without waiting; None: nobody's."""
+    place = folder / "owner"
+    try:
+        found, touched = _read(place / str(max(_numbers(place))))
+    except (ValueError, OSError):
+        return None
+    lives = _lives(found)
+    if lives is None:
+        lives = time.time() - touched / 1e9 < SILENCE
+    return _in_words(found) if lives else None
+
+
 def _numbers(place: Path) -> list[int]:
     try:
         return [int(name) for name in os.listdir(place) if name.isdecimal() and len(name) < 19]

@@ -115,7 +115,7 @@ def load_and_dump(path: Path) -> bool:
 
 def load_text(path: Path) -> str:
     """What is read, in words."""
-    return repr(config_file._read(path, ()))[:1000]
+    return repr(config_file.read_with_base(path))[:1000]
 
 
 @pytest.mark.parametrize(
