@@ -30,6 +30,8 @@ class Standing:
 
     state: State
     epoch: float
+    share: float
+    """Of the run that is done, from 0 to 1."""
     top1: float | None
     """Mean of the peers at the last evaluation, in percent."""
     said: str
@@ -39,15 +41,18 @@ class Standing:
 def standing(folder: Path, cell: Cell) -> Standing:
     """Where a run of the sweep in `folder` stands."""
     run = cell.config.folder
-    epoch, top1 = _last(run, [name for name, _ in cell.config.trained])
+    train = cell.config.train
+    step, epoch, top1 = _last(run, [name for name, _ in cell.config.trained])
+    share = min(1.0, step / train.max_steps if train.max_steps else epoch / (train.epochs or 1))
     user = user_of(run)
     if user:
-        return Standing("running", epoch, top1, user)
+        return Standing("running", epoch, share, top1, user)
     if is_complete(cell.config):
-        return Standing("complete", epoch, top1, "")
+        return Standing("complete", epoch, share, top1, "")
     if failure := read_failure(folder, cell):
-        return Standing("failed", epoch, top1, failure)
-    return Standing("interrupted" if checkpoint.steps_on_disk(run) else "waiting", epoch, top1, "")
+        return Standing("failed", epoch, share, top1, failure)
+    begun: State = "interrupted" if checkpoint.steps_on_disk(run) else "waiting"
+    return Standing(begun, epoch, share, top1, "")
 
 
 def is_complete(config: RunConfig) -> bool:
@@ -59,16 +64,16 @@ def is_complete(config: RunConfig) -> bool:
     return False
 
 
-def _last(run: Path, peers: Sequence[str]) -> tuple[float, float | None]:
-    """Epochs done, and the mean top-1 at the last evaluation."""
-    epoch, top1 = 0.0, None
+def _last(run: Path, peers: Sequence[str]) -> tuple[int, float, float | None]:
+    """Steps and epochs done, and the mean top-1 at the last evaluation."""
+    step, epoch, top1 = 0, 0.0, None
     for line in _tail(run / "metrics.jsonl"):
-        epoch = line.get("epoch", epoch)
+        step, epoch = line.get("step", step), line.get("epoch", epoch)
         found = [line.get(f"val/{name}/top1") for name in peers]
         top1s = [value for value in found if value is not None]
         if len(top1s) == len(peers):
             top1 = sum(top1s) / len(top1s)
-    return epoch, top1
+    return step, epoch, top1
 
 
 def _tail(path: Path) -> Iterator[dict[str, Any]]:

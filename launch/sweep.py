@@ -113,7 +113,9 @@ def check(cells: Sequence[Cell], ranks: int | None) -> None:
 
 def _in_words(cell: Cell) -> str:
     peers = ", ".join(f"{peer.network}{f' x {peer.copies}' if peer.copies > 1 else ''}" for peer in cell.config.peers)
-    return f"  {cell.name}: {cell.config.method.name}; {peers}; {cell.config.train.epochs} epochs"
+    train = cell.config.train
+    length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs} epochs"
+    return f"  {cell.name}: {cell.config.method.name}; {peers}; {length}"
 
 
 def _train(grid: Grid, cells: Sequence[Cell], jobs: int, *, retry: bool) -> int:

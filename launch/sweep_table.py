@@ -30,7 +30,7 @@ class Table:
         self._begin = self._next = time.monotonic()
         self._started: dict[str, float] = {}
         self._found: dict[str, Standing] = {}
-        self._epochs_before = 0.0
+        self._before = 0.0
 
     def say(self, text: str) -> None:
         """A line above the table."""
@@ -40,7 +40,7 @@ class Table:
     def begin(self) -> None:
         """Counts what is there already."""
         self._look(self._cells)
-        self._epochs_before = self._epochs()
+        self._before = self._done()
         self.say(f"{self._heading()}; {self._folder}")
 
     def started(self, cell: Cell, log: Path) -> None:
@@ -88,17 +88,17 @@ class Table:
             # A run that is starting has not taken its folder yet.
             self._found[name] = replace(found, state="running", said="") if name in self._started else found
 
-    def _epochs(self) -> float:
-        return sum(found.epoch for found in self._found.values())
+    def _done(self) -> float:
+        """In whole runs."""
+        return sum(found.share for found in self._found.values())
 
     def _heading(self, *, left: bool = True) -> str:
         counts = Counter(found.state for found in self._found.values())
         parts = [f"{counts[state]} {state}" for state in _ORDER if state != "complete" and counts[state]]
         text = f"{counts['complete']} of {len(self._cells)} runs complete"
-        done = self._epochs() - self._epochs_before
-        total = sum(cell.config.train.epochs for cell in self._cells.values())
+        done = self._done() - self._before
         passed = time.monotonic() - self._begin
-        if left and done > 0 and (rest := total - self._epochs()) > 0:
+        if left and done > 0 and (rest := len(self._cells) - self._done()) > 0:
             parts.append(f"about {clock(passed * rest / done)} left")
         return ", ".join([text, *parts])
 
