@@ -115,6 +115,10 @@ class Pipeline(ABC):
             DataError: a file cannot be read or decoded.
         """
 
+    def eval_path(self, index: int) -> str | None:
+        """The file of a sample of the validation split; None where it has none of its own."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Frees memory and threads; the pipeline is not used afterwards."""

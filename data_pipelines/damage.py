@@ -65,7 +65,7 @@ class Damage:
             counts = {split: len(paths) for split, paths in self._paths.items()}
         for split, count in counts.items():
             size = self._sizes[split]
-            if count > max(int(self._max_bad * size), min(1, self._max_bad)):
+            if count > max(int(self._max_bad * size), self._max_bad > 0):
                 example = next(iter(sorted(self._paths[split])))
                 raise DataError(
                     f"max_bad: {count} of {size} {split} files cannot be read, more than max_bad = {self._max_bad:g} "

@@ -119,6 +119,10 @@ class ImageFolder(Pipeline):
         """See :meth:`data_pipelines.contract.Pipeline.evaluate`."""
         return self._as_they_are(self._val, np.arange(self.eval_size), order.part(self.eval_size, part, parts), batch)
 
+    def eval_path(self, index: int) -> str | None:
+        """See :meth:`data_pipelines.contract.Pipeline.eval_path`."""
+        return self._val.listing.path(index)
+
     def held_out(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.held_out`."""
         mine = order.part(self.held_out_size, part, parts)

@@ -123,6 +123,10 @@ class _Matched(Pipeline):
         """See :meth:`data_pipelines.contract.Pipeline.held_out`."""
         return self._named(self._whole.held_out(part, parts, batch))
 
+    def eval_path(self, index: int) -> str | None:
+        """See :meth:`data_pipelines.contract.Pipeline.eval_path`."""
+        return self._whole.eval_path(index)
+
     def close(self) -> None:
         """See :meth:`data_pipelines.contract.Pipeline.close`."""
         self._whole.close()

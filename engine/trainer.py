@@ -25,6 +25,7 @@ from engine.ranks.heartbeat import heartbeat
 from engine.ranks.place import Place
 from engine.ranks.placement import Placement
 from engine.reporting.lines import Stretch, report_end, report_scores, report_training
+from engine.reporting.predictions import write_tables
 from engine.reporting.tracking import Tracker, follow, last_evaluation
 from engine.safety import going_on, loading, rollback, saving
 from engine.safety.answers import Told, answer, answer_scores, tell_collapses
@@ -332,10 +333,11 @@ class _Run:
     def _score(self) -> float:
         """Scores the cohort, and its averages where there are some. Returns the mean top-1 of the peers."""
         names = self.config.learners
-        scores = evaluate_cohort(self.cohort, self.pipeline)
+        scores, kept = evaluate_cohort(self.cohort, self.pipeline)
         found = collapsed(scores, self._scored, names)
         self._scored = scores
         if self.tracker:
+            write_tables(self.config, kept, self.pipeline, self.tracker.say)
             report_scores(self.tracker, self.step, self.step / self.steps_per_epoch, scores, found)
         self._told = tell_collapses(found, SCORES_SHOW, self._told, self.step, self._alert)
         answer_scores(self.config, self.rollbacks, scores, self._begin, self.step, self._alert)

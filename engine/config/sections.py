@@ -261,6 +261,21 @@ class EvaluationConfig(Section):
     )
     every_steps: int | None = Field(None, ge=1, description="also every so many steps; null: only at ends of epochs")
     batch: int = Field(500, ge=1, description="validation images in one forward on a rank")
+    topk: list[Annotated[int, Field(ge=2)]] = Field(
+        [], description="further k, beside 1 and 5: topK is the % of images whose class is among the k most probable"
+    )
+    per_class: bool = Field(
+        False, description="whether each evaluation leaves the accuracy of every class in per_class.csv"
+    )
+    confusion: bool = Field(
+        False, description="whether each evaluation leaves which class was taken for which in confusion.csv"
+    )
+
+    @model_validator(mode="after")
+    def _each_k_once(self) -> EvaluationConfig:
+        if len({1, 5, *self.topk}) < 2 + len(self.topk):
+            raise ValueError(f"topk = {self.topk}: expected numbers other than 1 and 5, each once")
+        return self
 
 
 class CheckpointConfig(Section):

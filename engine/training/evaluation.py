@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,6 +18,7 @@ from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
+from engine.training.predictions import Ledger, Predictions
 from losses.capabilities import HeldOutSurveys, Teachers
 
 
@@ -33,6 +34,8 @@ class Score:
     """Mean cross-entropy, in nats."""
     spread: float
     """How much the probabilities p depend on the image: E|p - E p|^2 / E|p|^2; 0 where all images get the same."""
+    further: tuple[float, ...] = ()
+    """As top5, for each further k that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def evaluate(
     batch: int,
     device: torch.device,
     autocast: torch.dtype | None = None,
+    topk: Sequence[int] = (),
+    ledger: Ledger | None = None,
     counted: Callable[[int], None] = lambda _: None,
 ) -> Scores:
     """Scores the peers of this job; every rank calls it with its residents' networks and gets the same result.
@@ -72,14 +77,17 @@ def evaluate(
         batch: images of one forward pass.
         device: of the networks.
         autocast: number format of the networks' layers; None as they are.
+        topk: further k than 1 and 5.
+        ledger: takes down what the peers and the ensemble name for each image; whoever made it closes it.
         counted: told the number of images of each batch.
 
     Raises:
         RuntimeError: the images counted are not the validation split, each once.
     """
     num_peers, pairs = len(placement.peers), list(itertools.combinations(range(len(placement.peers)), 2))
-    # A row for each peer; last row: the ensemble. Columns: right, right among five.
-    right = torch.zeros(num_peers + 1, 2, dtype=torch.int64, device=device)
+    # A row for each peer; last row: the ensemble. Columns: right, right among five, right among each further k.
+    among = (1, 5, *topk)
+    right = torch.zeros(num_peers + 1, len(among), dtype=torch.int64, device=device)
     # Sums over images: loss, |p|^2 and p of each row of `right`; |z - z'|^2 of all pairs and |z|^2 of all peers.
     classes = pipeline.num_classes
     sizes = [num_peers + 1, num_peers + 1, (num_peers + 1) * classes, len(pairs), num_peers]
@@ -97,9 +105,11 @@ def evaluate(
             ensemble = probabilities.mean(0).clamp_min(torch.finfo(torch.float32).tiny).log()
             for row, k in enumerate(placement.peers):
                 if k in networks:
-                    _count(logits[row], rows.targets, right[row], loss[row])
+                    _count(logits[row], rows.targets, among, right[row], loss[row])
             if placement.group == 0:
-                _count(ensemble, rows.targets, right[-1], loss[-1])
+                _count(ensemble, rows.targets, among, right[-1], loss[-1])
+                if ledger is not None:
+                    ledger.add(rows.ids, rows.targets, torch.cat([logits, ensemble[None]]))
                 named = logits.argmax(-1)
                 different = (
                     torch.stack([(named[i] != named[j]).sum() for i, j in pairs]).sum() if pairs else seen[3] * 0
@@ -128,11 +138,10 @@ def evaluate(
     unreadable = int(seen[4])
     percent = (right.double() * 100 / n).tolist()
     spread = 1 - totals.view(-1, classes).square().sum(1) / (n * squares)
+    losses = (loss / max(n - unreadable, 1)).tolist()
     scores = [
-        Score(*right_of_all, *others)
-        for right_of_all, *others in zip(
-            percent, (loss / max(n - unreadable, 1)).tolist(), spread.tolist(), strict=True
-        )
+        Score(first, fifth, mean, each, tuple(further))
+        for (first, fifth, *further), mean, each in zip(percent, losses, spread.tolist(), strict=True)
     ]
     firsts, seconds = (lengths[[pair[side] for pair in pairs]] for side in (0, 1))
     relative = (2 * gaps / (firsts + seconds)).tolist()
@@ -140,18 +149,21 @@ def evaluate(
     return Scores(scores[:-1], scores[-1], 100.0 * seen[3].item() / (n * max(len(pairs), 1)), apart, unreadable)
 
 
-def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
+def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> tuple[dict[str, float], dict[str, Predictions]]:
     """Scores the peers and, where the run keeps them, their moving averages.
 
     Returns:
         `val/PEER/top1` and so on, and the same with `ema/`; `ensemble` stands beside the peers. The keys of
-        `metrics.jsonl`.
+        `metrics.jsonl`. Then, where `evaluation` asks for tables, what was named, see `score`.
     """
     averaged = bool(cohort.config.train.ema_decay) or isinstance(cohort.method, Teachers)
     networks = {"val": cohort.networks(), **({"ema": cohort.networks(ema=True)} if averaged else {})}
-    values = score(networks, cohort.config, cohort.exchange, cohort.placement, pipeline, cohort.device)
+    kept: dict[str, Predictions] = {}
+    wanted = cohort.config.evaluation
+    into = kept if wanted.per_class or wanted.confusion else None
+    values = score(networks, cohort.config, cohort.exchange, cohort.placement, pipeline, cohort.device, into)
     _drop_maps(cohort)
-    return values
+    return values, kept
 
 
 def score(
@@ -161,16 +173,21 @@ def score(
     placement: Placement,
     pipeline: Pipeline,
     device: torch.device,
+    kept: dict[str, Predictions] | None = None,
     counted: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
     """The scores of this rank's networks and all others', as of `evaluate_cohort`, by what they are: `val` or `ema`.
 
     Args:
+        kept: is given what each of them named for each image, by `val` or `ema`: of the peers in order, and of the
+            ensemble.
         counted: told the number of images of each batch.
     """
     names = [name for name, _ in config.trained]
     values: dict[str, float] = {}
+    topk = config.evaluation.topk
     for prefix, own in networks.items():
+        ledger = None if kept is None else Ledger(len(names) + 1, pipeline.eval_size, device)
         scores = evaluate(
             own,
             exchange,
@@ -179,11 +196,17 @@ def score(
             batch=config.evaluation.batch,
             device=device,
             autocast=precision.AUTOCAST[config.precision.amp],
+            topk=topk,
+            ledger=ledger,
             counted=counted,
         )
+        if kept is not None and ledger is not None:
+            kept[prefix] = ledger.close()
         named = {**dict(zip(names, scores.peers, strict=True)), "ensemble": scores.ensemble}
         for name, each in named.items():
-            values |= {f"{prefix}/{name}/{key}": value for key, value in asdict(each).items()}
+            further = {f"top{k}": value for k, value in zip(topk, each.further, strict=True)}
+            one = {key: value for key, value in asdict(each).items() if key != "further"} | further
+            values |= {f"{prefix}/{name}/{key}": value for key, value in one.items()}
         values |= {f"{prefix}/{name}/apart": apart for name, apart in zip(names, scores.apart, strict=False)}
         values[f"{prefix}/disagreement"] = scores.disagreement
         if scores.unreadable:
@@ -239,7 +262,7 @@ def _drop_maps(cohort: Cohort) -> None:
         cohort.trunk.taps.take()
 
 
-def _count(logits: Tensor, targets: Tensor, right: Tensor, loss: Tensor) -> None:
-    best = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
-    right += torch.stack([best[:, 0].sum(), best.sum()])
+def _count(logits: Tensor, targets: Tensor, among: Sequence[int], right: Tensor, loss: Tensor) -> None:
+    best = logits.topk(min(max(among), logits.shape[-1])).indices == targets[:, None]
+    right += torch.stack([best[:, :k].sum() for k in among])
     loss += F.nll_loss(F.log_softmax(logits, dim=-1), targets, ignore_index=-1, reduction="sum")

@@ -114,7 +114,7 @@ def evaluate_on(config: RunConfig, device: str) -> dict[str, Any]:
         for k, network in cohorts["device"].networks().items():
             network.load_state_dict(networks[k].state_dict())
         for name, pipeline in pipelines.items():
-            found[name] = evaluate_cohort(cohorts[name], pipeline)
+            found[name] = evaluate_cohort(cohorts[name], pipeline)[0]
             batch = next(iter(pipeline.train(1, 0, slice(0, 24), (0, 1))))
             found[f"batch, {name}"] = [x.cpu() for x in (*batch.views, batch.targets, batch.ids)]
     return found

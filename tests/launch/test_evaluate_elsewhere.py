@@ -65,6 +65,20 @@ def test_the_same_images_under_other_folders_score_the_same(run: Path, tmp_path:
         assert found == {key: pytest.approx(value, abs=1e-4) for key, value in expected.items()}
 
 
+def test_an_image_is_named_by_its_file_and_one_that_cannot_be_read_is_named_nothing(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent / "data" / "val", tmp_path / "val")
+    (tmp_path / "val" / "n03" / "1.JPEG").write_bytes(b"no image")
+    out = tmp_path / "out.jsonl"
+    run_command("evaluate", str(run), "--predictions", str(out), f"data.root={tmp_path}")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["path"] for line in lines] == [
+        str(tmp_path / "val" / name / f"{i}.JPEG") for name in CLASSES for i in range(3)
+    ]
+    labels: list[str | None] = [name for name in CLASSES for _ in range(3)]
+    assert [line["label"] for line in lines] == [*labels[:10], None, *labels[11:]]
+    assert {value for key, value in lines[10].items() if key not in ("id", "path")} == {None}
+
+
 def test_some_of_the_classes_will_do_and_are_said(run: Path, tmp_path: Path) -> None:
     for name in CLASSES[7:]:
         shutil.copytree(run.parent / "data" / "val" / name, tmp_path / "few" / name)
