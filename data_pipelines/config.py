@@ -1,9 +1,7 @@
 """What a run says about its data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,13 +13,14 @@ from pydantic import (
     model_validator,
 )
 
-from data_pipelines.augmentation.sections import Augmentations, Section
+from data_pipelines.augmentation.sections import Augmentations
 from data_pipelines.augmentation.spatial import BLUR
+from data_pipelines.keys import Only, Section
+from data_pipelines.sources.sections import OF_PHOTOS, SourceConfig
 from data_pipelines.sources.standard_sets import STANDARD, Standard
 
 # The constants of torchvision and timm.
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_SUBSET = Path(__file__).parent / "fashion_mnist_subset"
 
 MOVED = {
     "padding": ("augmentation", "padding"),
@@ -47,26 +46,20 @@ def with_moved_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     return renewed
 
 
-@dataclass(frozen=True)
-class _Only:
-    """Beside a key's type: the key means something only where another one, `key`, has one of these values."""
+_SMALL = Only("dataset", tuple(STANDARD), "the data sets of 28 and 32 pixels")
+_SHUFFLE = Only("sampler", ("shuffle",), "shuffle")
+_TUPLES = Only("sampler", ("class_balanced", "class_tuples"), "class_balanced and class_tuples")
 
-    key: str
-    values: tuple[str, ...]
-    owner: str  # what an error calls these values
-
-
-_SMALL = _Only("dataset", tuple(STANDARD), "the data sets of 28 and 32 pixels")
-_FOLDER = _Only("dataset", ("image_folder",), "image_folder")
-_SHUFFLE = _Only("sampler", ("shuffle",), "shuffle")
-_TUPLES = _Only("sampler", ("class_balanced", "class_tuples"), "class_balanced and class_tuples")
-
-# YAML has neither paths nor tuples: these two are read from strings and lists, all else must have its own type.
-_Path = Annotated[Path, Strict(False)]
+# YAML has no tuples: these are read from lists, all else must have its own type.
 _Range = Annotated[tuple[float, float], Strict(False)]
 _Stage = Annotated[tuple[int, int], Strict(False)]
 
 _LATER_KEYS = (
+    "val_root",
+    "val_labels",
+    "classes",
+    "links",
+    "cache",
     "repeats",
     "on_error",
     "max_bad",
@@ -80,16 +73,16 @@ version is still the same run."""
 class ImageConfig(Section):
     """The images that a network sees, where files have images of all sizes."""
 
-    size: Annotated[int, _FOLDER] = Field(
-        default=224, ge=1, description="Side of the images a network sees, in pixels (image_folder)."
+    size: Annotated[int, OF_PHOTOS] = Field(
+        default=224, ge=1, description="Side of the images a network sees, in pixels (photos)."
     )
-    resize: Annotated[int, _FOLDER] = Field(
-        default=256, ge=1, description="Shorter side before the validation crop, in pixels (image_folder)."
+    resize: Annotated[int, OF_PHOTOS] = Field(
+        default=256, ge=1, description="Shorter side before the validation crop, in pixels (photos)."
     )
-    training_sizes: Annotated[tuple[_Stage, ...], Strict(False), _FOLDER] = Field(
+    training_sizes: Annotated[tuple[_Stage, ...], Strict(False), OF_PHOTOS] = Field(
         default=(),
         description="[epoch, size] pairs: from which epoch on, counted from 0, training images have another size, such "
-        "as [[0, 128], [30, 176], [60, 224]]; [] for image.size all along (image_folder).",
+        "as [[0, 128], [30, 176], [60, 224]]; [] for image.size all along (photos).",
     )
 
 
@@ -105,35 +98,29 @@ class AugmentationConfig(Augmentations):
     flip: Annotated[bool, _SMALL] = Field(
         default=True, description="Whether every second image is mirrored, by chance (28, 32 px sets)."
     )
-    crop_area: Annotated[_Range, _FOLDER] = Field(
+    crop_area: Annotated[_Range, OF_PHOTOS] = Field(
         default=(0.08, 1.0),
-        description="Least and greatest area of a training crop, as a part of the image (image_folder).",
+        description="Least and greatest area of a training crop, as a part of the image (photos).",
     )
-    crop_ratio: Annotated[_Range, _FOLDER] = Field(
-        default=(3 / 4, 4 / 3), description="Least and greatest width / height of a training crop (image_folder)."
+    crop_ratio: Annotated[_Range, OF_PHOTOS] = Field(
+        default=(3 / 4, 4 / 3), description="Least and greatest width / height of a training crop (photos)."
     )
 
 
 class DecodingConfig(Section):
     """What turns files into pixels; a run that changes it goes on as the same run."""
 
-    decoder: Annotated[Literal["auto", "cpu", "mixed", "torchvision"], _FOLDER] = Field(
+    decoder: Annotated[Literal["auto", "cpu", "mixed", "torchvision"], OF_PHOTOS] = Field(
         default="auto",
         description="What decodes JPEGs: cpu and mixed (partly on the GPU) are DALI; auto is mixed on CUDA and cpu "
-        "elsewhere, and torchvision where DALI is not installed (image_folder).",
+        "elsewhere, and torchvision where DALI is not installed (photos).",
     )
-    threads: Annotated[int, _FOLDER] = Field(default=4, ge=1, description="Decoding threads of a rank (image_folder).")
+    threads: Annotated[int, OF_PHOTOS] = Field(default=4, ge=1, description="Decoding threads of a rank (photos).")
 
 
-class DataConfig(Section):
+class DataConfig(SourceConfig):
     """Which data set, where it is, and how its images are drawn, decoded and augmented."""
 
-    dataset: Literal["fashion_mnist_subset", "fashion_mnist", "cifar10", "cifar100", "image_folder"] = Field(
-        description="The data set; fashion_mnist_subset comes with the package, image_folder is ImageNet's layout."
-    )
-    root: _Path | None = Field(
-        default=None, description="Folder of the data set; needed for all but fashion_mnist_subset. ~ is expanded."
-    )
     global_batch: int = Field(ge=1, description="Samples of one optimiser step, over all ranks.")
     sampler: Literal["shuffle", "class_balanced", "class_tuples"] = Field(
         default="shuffle",
@@ -152,17 +139,17 @@ class DataConfig(Section):
         description="Augmentations of an image in one batch (repeated augmentation): an epoch has as many batches as "
         "ever, of 1 / repeats of the images (shuffle).",
     )
-    on_error: Annotated[Literal["replace", "raise"], _FOLDER] = Field(
+    on_error: Annotated[Literal["replace", "raise"], OF_PHOTOS] = Field(
         default="replace",
         description="What a file that cannot be read does. replace: the next of its class is shown instead, it counts "
-        "as wrong in validation, and is named in damaged.json; raise: it ends the run (image_folder).",
+        "as wrong in validation, and is named in damaged.json; raise: it ends the run (photos).",
     )
-    max_bad: Annotated[float, _FOLDER] = Field(
+    max_bad: Annotated[float, OF_PHOTOS] = Field(
         default=0.01,
         ge=0,
         le=1,
         description="Part of a split's files that may be unreadable before the run ends; one always may, unless this "
-        "is 0 (image_folder).",
+        "is 0 (photos).",
     )
     views: Literal["shared", "per_peer"] = Field(
         default="shared", description="Whether all peers see one augmentation of an image, or each peer its own."
@@ -210,7 +197,7 @@ class DataConfig(Section):
             raise ValueError(f"root: expected the folder of {self.dataset}, found none")
         self._check_constants()
         self._check_augmentation()
-        if self.dataset == "image_folder":
+        if self.photos:
             self._check_crops()
         elif self.augmentation.padding >= self.side:
             raise ValueError(
@@ -251,7 +238,7 @@ class DataConfig(Section):
                 bound = " <= 1" if limit == 1 else ""
                 raise ValueError(f"augmentation.{key}: expected 0 < least <= greatest{bound}, found {[low, high]}")
 
-    def _without_meaning(self) -> list[tuple[tuple[str, ...], _Only]]:
+    def _without_meaning(self) -> list[tuple[tuple[str, ...], Only]]:
         """Paths of the keys that mean nothing for this data set and sampler, sorted, and whose they are."""
         return [(path, only) for path, only in _conditional(DataConfig) if getattr(self, only.key) not in only.values]
 
@@ -267,11 +254,6 @@ class DataConfig(Section):
             if getattr(section, name) == type(section).model_fields[name].default:
                 reduce(lambda inner, part: inner.get(part, {}), above, written).pop(name, None)
         return {key: value for key, value in written.items() if value != {}}
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the data set, ~ expanded; the package's own for fashion_mnist_subset."""
-        return _SUBSET if self.root is None else self.root.expanduser()
 
     def held_out_of(self, size: int) -> int:
         """The number of training samples that are held out of `size`."""
@@ -301,12 +283,12 @@ class DataConfig(Section):
     @property
     def side(self) -> int:
         """Side of the images a network sees, in pixels."""
-        return self.image.size if self.dataset == "image_folder" else self._standard.side
+        return self.image.size if self.photos else self._standard.side
 
     @property
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
         """Mean and standard deviation of each channel, of pixels scaled to [0, 1]."""
-        mean, std = _IMAGENET if self.dataset == "image_folder" else (self._standard.mean, self._standard.std)
+        mean, std = _IMAGENET if self.photos else (self._standard.mean, self._standard.std)
         return self.mean or mean, self.std or std
 
     @property
@@ -316,19 +298,19 @@ class DataConfig(Section):
     @property
     def num_classes(self) -> int | None:
         """Classes of the data set; None for image_folder, whose folders say."""
-        return None if self.dataset == "image_folder" else len(self._standard.class_names)
+        return None if self.photos else len(self._standard.class_names)
 
     @property
     def channels(self) -> int:
         """Channels of an image."""
-        return 3 if self.dataset == "image_folder" else self._standard.channels
+        return 3 if self.photos else self._standard.channels
 
 
-def _conditional(model: type[BaseModel]) -> list[tuple[tuple[str, ...], _Only]]:
+def _conditional(model: type[BaseModel]) -> list[tuple[tuple[str, ...], Only]]:
     """Path of each key that does not belong to all, sorted, and whose it is."""
-    found: list[tuple[tuple[str, ...], _Only]] = []
+    found: list[tuple[tuple[str, ...], Only]] = []
     for name, field in model.model_fields.items():
-        found += [((name,), only) for only in field.metadata if isinstance(only, _Only)]
+        found += [((name,), only) for only in field.metadata if isinstance(only, Only)]
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found += [((name, *path), only) for path, only in _conditional(field.annotation)]
     return sorted(found, key=lambda each: each[0])

@@ -13,23 +13,23 @@ _SHOWN = 5
 
 def contents(
     classes: Sequence[str],
-    train: tuple[Sequence[str] | NDArray[np.uint8], NDArray[np.int64]],
-    val: tuple[Sequence[str] | NDArray[np.uint8], NDArray[np.int64]],
+    train: tuple[str | NDArray[np.uint8], NDArray[np.int64]],
+    val: tuple[str | NDArray[np.uint8], NDArray[np.int64]],
 ) -> dict[str, str]:
     """Counts and SHA-256 of the classes in their order, and of the samples and the labels of both splits.
 
     Args:
         classes: their names, in the order of the labels.
-        train: the names of the files, or the images themselves, uint8 [N, H, W, C], and the labels, int64 [N]: in the
-            order of ids.
+        train: a SHA-256 of the names of the samples, as hex digits, or the images themselves, uint8 [N, H, W, C], and
+            the labels, int64 [N]: in the order of ids.
         val: likewise.
     """
     names = ", ".join(classes[:_SHOWN]) + (", ..." if len(classes) > _SHOWN else "")
     names = names.encode("utf-8", "backslashreplace").decode()  # What is no text could not be kept in JSON.
     found = {"classes": f"{len(classes)} classes ({names}; {_of_names(classes)})"}
     for split, (samples, labels) in (("train", train), ("val", val)):
-        digest = _of(samples) if isinstance(samples, np.ndarray) else _of_names(samples)
-        found[f"{split} samples"] = f"{len(samples)} samples ({digest})"
+        digest = _of(samples) if isinstance(samples, np.ndarray) else samples[:_DIGITS]
+        found[f"{split} samples"] = f"{len(labels)} samples ({digest})"
         found[f"{split} labels"] = f"{len(labels)} labels ({_of(labels)})"
     return found
 

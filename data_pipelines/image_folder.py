@@ -27,7 +27,9 @@ from data_pipelines.decoding.with_torchvision import TorchvisionDecoder, silence
 from data_pipelines.digest import contents
 from data_pipelines.order import Rows
 from data_pipelines.sampling import Sampling
-from data_pipelines.sources.class_folders import Files, Listing, list_folder
+from data_pipelines.sources.contract import Source
+from data_pipelines.sources.opening import open_photos
+from data_pipelines.sources.reading import Reader
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ class ImageFolder(Pipeline):
         config: the folder and its augmentation.
         seed: of order and augmentation.
         device: where the batches appear; on CUDA, ``mixed`` decodes there as well.
-        listings: of the two splits, where they are not those of the folder.
+        sources: of the two splits, where they are not those that the config names.
 
     Raises:
-        DataError: see :func:`data_pipelines.sources.class_folders.list_folder`, and a class with too few photos for
+        DataError: see :func:`data_pipelines.sources.opening.open_photos`, and a class with too few photos for
             `config.sampler`.
         ValueError: a mixed decoder is asked for on a device that is not CUDA.
     """
@@ -59,26 +61,26 @@ class ImageFolder(Pipeline):
         config: DataConfig,
         seed: int,
         device: torch.device,
-        listings: tuple[Listing, Listing] | None = None,
+        sources: tuple[Source, Source] | None = None,
     ) -> None:
         silence()
         choice = choose(config.decoding.decoder, cuda=device.type == "cuda")
-        self._decoder_name, self.remarks = choice.name, (f"decoder: {choice}",)
-        train, val = listings or list_folder(config.folder)
-        sizes = {"train": len(train.names), "val": len(val.names)}
+        train, val = sources or open_photos(config.where)
+        self._decoder_name = choice.name
+        self.remarks = (f"decoder: {choice}", *dict.fromkeys([*train.remarks, *val.remarks]))
+        sizes = {"train": len(train), "val": len(val)}
         self.damage = Damage(config.on_error, config.max_bad, sizes)
-        self._train, self._val = Files(train, "train", self.damage), Files(val, "val", self.damage)
-        self.class_names = self._train.listing.classes
+        self._train, self._val = Reader(train, "train", self.damage), Reader(val, "val", self.damage)
+        self.class_names = train.classes
         self.num_classes = len(self.class_names)
         self.channels = 3
         self.image_size = config.image.size
-        self._sampling = Sampling(config, seed, self._train.listing.labels, self.class_names)
+        self._sampling = Sampling(config, seed, train.labels, self.class_names)
         self.train_size, self.held_out_size = len(self._sampling.trained_on), len(self._sampling.held_out)
-        self.eval_size = len(self._val.listing.names)
+        self.eval_size = len(val)
         self.global_batch, self.steps_per_epoch = config.global_batch, self._sampling.steps
         self.train_targets = self._sampling.targets
-        splits = [(files.listing.names, files.listing.labels) for files in (self._train, self._val)]
-        self.contents = contents(self.class_names, *splits)
+        self.contents = contents(self.class_names, *((source.digest(), source.labels) for source in (train, val)))
         self._config, self._seed, self._device = config, seed, device
         self._augmenter = Augmenter(
             config.augmentation, seed, config.normalisation, self.num_classes, config.neighbours, device
@@ -106,7 +108,7 @@ class ImageFolder(Pipeline):
             flips = np.stack([windows.flips(each) for each in draws], axis=1)
             work = Work(read.ids, read.encoded, corners, shapes, np.full_like(sizes, side), 0 * sizes, flips)
             drawn = self._augmenter.draw(epoch, step, size, rows, side, views)
-            return _Prepared(work, self._train.listing.labels[read.ids], drawn)
+            return _Prepared(work, self._train.source.labels[read.ids], drawn)
 
         largest = len(np.arange(size)[rows])
         # A photo of several views is decoded once, and then as a whole. A window is decoded without the colours beyond
@@ -128,7 +130,7 @@ class ImageFolder(Pipeline):
         mine = order.part(self.held_out_size, part, parts)
         return self._as_they_are(self._train, self._sampling.held_out, mine, batch)
 
-    def _as_they_are(self, files: Files, samples: NDArray[np.int64], mine: range, batch: int) -> Iterator[Batch]:
+    def _as_they_are(self, files: Reader, samples: NDArray[np.int64], mine: range, batch: int) -> Iterator[Batch]:
         """The samples at the places `mine`, in order, without augmentation."""
 
         def prepare(begin: int, broken: frozenset[int]) -> _Prepared:
@@ -138,7 +140,7 @@ class ImageFolder(Pipeline):
             scaled, cuts = windows.validation_windows(sizes, self._config.image.resize, self.image_size)
             corners, shapes, flips = 0 * sizes[:, None], sizes[:, None], np.zeros((len(ids), 1), np.int32)
             work = Work(read.ids, read.encoded, corners, shapes, scaled, cuts, flips)
-            return _Prepared(work, np.where(read.readable, files.listing.labels[read.ids], -1), None)
+            return _Prepared(work, np.where(read.readable, files.source.labels[read.ids], -1), None)
 
         plan = Plan(batch, 1, False, self.image_size)
         return self._batches(files, prepare, range(mine.start, mine.stop, batch), plan)
@@ -150,7 +152,7 @@ class ImageFolder(Pipeline):
         self._decoders.shutdown(cancel_futures=True)
 
     def _batches(
-        self, files: Files, prepare: Callable[[int, frozenset[int]], _Prepared], steps: range, plan: Plan
+        self, files: Reader, prepare: Callable[[int, frozenset[int]], _Prepared], steps: range, plan: Plan
     ) -> Iterator[Batch]:
         if not steps:
             return

@@ -13,7 +13,7 @@ from data_pipelines.contract import Batch, DataError, Pipeline
 from data_pipelines.image_folder import ImageFolder
 from data_pipelines.order import Rows
 from data_pipelines.resident import ResidentSet
-from data_pipelines.sources.class_folders import list_validation
+from data_pipelines.sources.opening import open_validation_alone
 
 
 def match(found: Sequence[str], classes: Sequence[str]) -> tuple[NDArray[np.int64], str | None]:
@@ -78,9 +78,9 @@ def open_validation(
     """
     whole = config.model_copy(update={"global_batch": 1, "sampler": "shuffle", "held_out": 0.0})
     pipeline: Pipeline
-    if config.dataset == "image_folder":
-        listing = list_validation(config.folder)
-        pipeline = ImageFolder(whole, 0, device, (listing, listing))
+    if config.photos:
+        source = open_validation_alone(config.where, classes)
+        pipeline = ImageFolder(whole, 0, device, (source, source))
     else:
         pipeline = ResidentSet(whole, 0, device)
     if classes is None or pipeline.class_names is None:

@@ -9,7 +9,7 @@ from data_pipelines.contract import DataError, Pipeline
 from data_pipelines.decoding.choice import choose
 from data_pipelines.image_folder import ImageFolder
 from data_pipelines.resident import ResidentSet
-from data_pipelines.sources.class_folders import list_folder
+from data_pipelines.sources.opening import open_photos
 from data_pipelines.sources.standard_sets import STANDARD
 
 
@@ -22,6 +22,8 @@ class Sizes:
     held_out: int
     eval: int
     classes: int
+    remarks: tuple[str, ...] = ()
+    """What there is beside, and is not used."""
 
 
 def check_files(config: DataConfig) -> Sizes:
@@ -31,11 +33,13 @@ def check_files(config: DataConfig) -> Sizes:
         DataError: files are missing or of the wrong size, classes do not match, or there are fewer training samples
             or classes than a global batch has; or DALI is asked for and not installed.
     """
-    if config.dataset == "image_folder":
+    remarks: tuple[str, ...] = ()
+    if config.photos:
         # Whether there is a device for a mixed one is asked by who knows the device.
         choose(config.decoding.decoder, cuda=True)
-        train, val = list_folder(config.folder)
-        size, classes, validation = len(train.names), len(train.classes), len(val.names)
+        train, val = open_photos(config.where)
+        size, classes, validation = len(train), len(train.classes), len(val)
+        remarks = (*train.remarks, *val.remarks)
     else:
         size, validation = STANDARD[config.dataset].sizes(config.folder)
         classes = len(STANDARD[config.dataset].class_names)
@@ -53,7 +57,7 @@ def check_files(config: DataConfig) -> Sizes:
             f"global_batch: expected at most {classes * config.images_per_class} for sampler {config.sampler}, "
             f"images_per_class = {config.images_per_class} for each of {classes} classes, found {config.global_batch}"
         )
-    return Sizes(size, size - left, validation, classes)
+    return Sizes(size, size - left, validation, classes, remarks)
 
 
 def open_pipeline(config: DataConfig, seed: int, device: torch.device) -> Pipeline:
@@ -70,6 +74,6 @@ def open_pipeline(config: DataConfig, seed: int, device: torch.device) -> Pipeli
         ValueError: a mixed decoder is asked for on a device that is not CUDA.
     """
     check_files(config)
-    if config.dataset == "image_folder":
+    if config.photos:
         return ImageFolder(config, seed, device)
     return ResidentSet(config, seed, device)

@@ -2,49 +2,50 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from data_pipelines.damage import Damaged, UnreadableError
 from data_pipelines.decoding.with_torchvision import decoded, silence
-from data_pipelines.sources.class_folders import Listing, list_folder
-from data_pipelines.sources.files import measured, read_bytes
+from data_pipelines.sources.contract import Source
+from data_pipelines.sources.files import measured
+from data_pipelines.sources.opening import open_photos
+from data_pipelines.sources.sections import Where
 
 _AT_ONCE = 4096  # files that wait for a thread
 
 
-def count(root: Path) -> int:
-    """The files of a folder of photos, those of both splits. Raises: DataError, see `list_folder`."""
-    return sum(len(listing.names) for listing in list_folder(root))
+def count(where: Where) -> int:
+    """The photos of a data set, those of both splits. Raises: DataError, see `open_photos`."""
+    return sum(map(len, open_photos(where)))
 
 
-def verify(root: Path, threads: int) -> Iterator[Damaged | None]:
-    """Reads and decodes each file of a folder of photos, as a whole.
+def verify(where: Where, threads: int) -> Iterator[Damaged | None]:
+    """Reads and decodes each photo of a data set, as a whole.
 
     Args:
-        root: of the folder.
-        threads: files at a time.
+        where: they are.
+        threads: photos at a time.
 
     Yields:
-        For each file, in order, what is wrong with it, or None.
+        For each, in order, what is wrong with it, or None.
 
     Raises:
-        DataError: see :func:`data_pipelines.sources.class_folders.list_folder`.
+        DataError: see :func:`data_pipelines.sources.opening.open_photos`.
     """
     silence()
     with ThreadPoolExecutor(threads, thread_name_prefix="cohort-verify") as pool:
-        for split, listing in zip(("train", "val"), list_folder(root), strict=True):
-            size = len(listing.names)
+        for split, source in zip(("train", "val"), open_photos(where), strict=True):
+            size = len(source)
             for begin in range(0, size, _AT_ONCE):
                 yield from pool.map(
-                    _look, [(split, listing, index) for index in range(begin, min(begin + _AT_ONCE, size))]
+                    _look, [(split, source, index) for index in range(begin, min(begin + _AT_ONCE, size))]
                 )
 
 
-def _look(sample: tuple[str, Listing, int]) -> Damaged | None:
-    split, listing, index = sample
-    path = listing.path(index)
+def _look(sample: tuple[str, Source, int]) -> Damaged | None:
+    split, source, index = sample
+    path = source.place(index)
     try:
-        content = read_bytes(path)
+        content = source.read(index)
         height, width = measured(content)
         found = decoded(content).shape[1:]
         if tuple(found) != (height, width):

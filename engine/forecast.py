@@ -40,7 +40,8 @@ def forecast(config: RunConfig, placement: Placement, *, cuda: bool = False) -> 
         + (f" in {parts} micro-batches" if parts > 1 else "")
         + f"; {config.train.steps(steps):,} in all"
     )
-    if config.data.dataset == "image_folder":
+    yield from sizes.remarks
+    if config.data.photos:
         yield f"decoder    {choose(config.data.decoding.decoder, cuda=cuda)}"
     if left and config.data.sampler == "shuffle":
         yield f"left out   {left:,} images of an epoch, each time others: they fill no batch"

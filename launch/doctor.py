@@ -39,14 +39,14 @@ def main() -> None:
         arguments.error(f"--threads {options.threads}: expected a number of threads, 1 or more")
     with user_errors(Launch(0, 0, 1)):
         config = configuration.load(options.config, options.overrides)
-        if config.data.dataset != "image_folder":
+        if not config.data.photos:
             raise ConfigError(
                 f"data.dataset = {config.data.dataset}: is read and checked as a whole at each start; only the files "
-                "of image_folder are looked at one by one"
+                "of data sets of photos are looked at one by one"
             )
         check_data(config)
-        total = count(config.data.folder)
-        looked = tqdm(verify(config.data.folder, options.threads), total=total, unit=" files", disable=None)
+        total = count(config.data.where)
+        looked = tqdm(verify(config.data.where, options.threads), total=total, unit=" files", disable=None)
         found = [damaged for damaged in looked if damaged is not None]
         for damaged in found[:_SHOWN]:
             print(f"{damaged.path}: {damaged.reason}")

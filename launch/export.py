@@ -116,7 +116,7 @@ def export(
 
 def _shown(config: RunConfig) -> dict[str, Any]:
     """How validation images of any size were brought to that of the network."""
-    if config.data.dataset != "image_folder":
+    if not config.data.photos:
         return {}
     # What DALI and torchvision call linear, with antialiasing; the middle is cut out of it.
     return {"resize": config.data.image.resize, "interpolation": "bilinear", "antialias": True, "crop": "centre"}

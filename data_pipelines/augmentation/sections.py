@@ -2,15 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import Field, Strict, model_validator
+
+from data_pipelines.keys import Section
 
 _Range = Annotated[tuple[float, float], Strict(False)]
-
-
-class Section(BaseModel):
-    """A section of a config: its keys and no others, of their own types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class PolicyConfig(Section):

@@ -22,7 +22,7 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "log": None,
     "health": None,
     "report": None,
-    "data": {"root", "decoding", "on_error", "max_bad"},
+    "data": {"root", "val_root", "val_labels", "classes", "links", "cache", "decoding", "on_error", "max_bad"},
     "method": {"bank_sharded", "chunk"},
     "precision": {"compile", "channels_last", "tf32"},
     "train": {"epochs", "max_steps", "max_skipped", "timeout"},

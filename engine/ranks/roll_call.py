@@ -30,7 +30,7 @@ _ROOMS = ("data_pipelines", "engine", "losses", "models")
 _OWN = {
     "dir": None,
     "device": None,
-    "data": {"root", "decoding"},
+    "data": {"root", "val_root", "val_labels", "classes", "cache", "decoding"},
     "placement": {"meeting"},
     "log": {"progress", "wandb", "wandb_project", "wandb_timeout"},
 }

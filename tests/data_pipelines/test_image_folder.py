@@ -15,7 +15,8 @@ from torchvision import transforms
 
 from data_pipelines import DataConfig, DataError, Pipeline, check_files, open_pipeline, order
 from data_pipelines.decoding import windows
-from data_pipelines.sources.class_folders import list_folder
+from data_pipelines.sources.opening import open_photos
+from data_pipelines.sources.sections import Where
 from tests.data_pipelines import cutting
 from tests.data_pipelines.files import write_photos
 
@@ -156,24 +157,24 @@ def test_batches_outlive_the_pipeline(photos: Path) -> None:
 def test_validation_pixels_are_torchvisions(photos: Path) -> None:
     transform = transforms.Compose([transforms.Resize(56), transforms.CenterCrop(48)])
     (batch,) = _open(photos, **_RAW).evaluate(0, 1, 15)
-    listing = list_folder(photos)[1]
+    listing = open_photos(Where("image_folder", photos))[1]
     for row, index in enumerate(batch.ids.tolist()):
-        with Image.open(listing.path(index)) as image:
+        with Image.open(listing.place(index)) as image:
             expected = np.asarray(transform(image.convert("RGB"))).astype(int)
         difference = np.abs(batch.images[row].permute(1, 2, 0).round().numpy() - expected)
-        assert difference.max() <= 1, listing.path(index)
+        assert difference.max() <= 1, listing.place(index)
 
 
 @pytest.mark.parametrize(("views", "view"), [("shared", 0), ("per_peer", 0), ("per_peer", 2)])
 def test_training_pixels_are_pils(photos: Path, views: str, view: int) -> None:
-    listing = list_folder(photos)[0]
+    listing = open_photos(Where("image_folder", photos))[0]
     pipeline = _open(photos, views=views, **_RAW)
     for step, batch in enumerate(pipeline.train(6, 0, slice(0, 8), (1, view))):
         uniforms = order.augmentation(5, 6, step, 8, windows.COLUMNS, view)
         draws = windows.crop_draws(uniforms, (0.08, 1.0), (3 / 4, 4 / 3))
         flips = windows.flips(draws)
         for row, index in enumerate(batch.ids.tolist()):
-            with Image.open(listing.path(index)) as image:
+            with Image.open(listing.place(index)) as image:
                 size = np.array([[image.height, image.width]])
                 corners, shapes = windows.crop_windows(draws[row : row + 1], size, (3 / 4, 4 / 3))
                 (top, left), (height, width) = corners[0].tolist(), shapes[0].tolist()
@@ -183,8 +184,8 @@ def test_training_pixels_are_pils(photos: Path, views: str, view: int) -> None:
             difference = np.abs(batch.views[1][row].permute(1, 2, 0).round().numpy() - expected)
             # PIL rounds to bytes between its two passes, and a decoded window has no colour from beyond its edges,
             # which moves a few bytes by 2 or 3. A window one pixel off would give a mean above 3.
-            assert difference.max() <= 5, listing.path(index)
-            assert difference.mean() < 0.5, listing.path(index)
+            assert difference.max() <= 5, listing.place(index)
+            assert difference.mean() < 0.5, listing.place(index)
 
 
 def test_the_constants_of_imagenet(photos: Path) -> None:
@@ -228,9 +229,10 @@ def test_a_file_that_is_no_image(copy: Path) -> None:
     for path in (copy / "train").rglob("*.JPEG"):
         path.write_text("<html>Not Found</html>")
     first = order.epoch_order(5, 0, 27)[:8]
+    train, _ = open_photos(Where("image_folder", copy))
     message = _train_error(copy)
     expected = {
-        f"{list_folder(copy)[0].path(index)}: expected a JPEG or PNG image, found a file that is neither, or "
+        f"{train.place(index)}: expected a JPEG or PNG image, found a file that is neither, or "
         "whose beginning is damaged. Fetch the file again, or take it out"
         for index in first
     }

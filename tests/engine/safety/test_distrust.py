@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipelines.sources.class_folders import list_folder
+from data_pipelines.sources.opening import open_photos
+from data_pipelines.sources.sections import Where
 from engine.config import ConfigError, RunConfig
 from engine.files import write_json
 from engine.safety import checkpoint, loading
@@ -273,7 +274,7 @@ def test_classes_named_oddly_stay_names(tmp_path: Path) -> None:
             folder = os.path.join(os.fsencode(tmp_path), b"data", split, name)
             os.makedirs(folder)
             Path(os.fsdecode(folder), "x.png").touch()
-    train, _ = list_folder(tmp_path / "data")
+    train, _ = open_photos(Where("image_folder", tmp_path / "data"))
     assert {os.fsencode(name) for name in train.classes} == {name for name in names if not name.startswith(b".")}
     (tmp_path / "run").mkdir()
     write_json(tmp_path / "run" / "classes.json", train.classes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.sources.class_folders import list_folder
+from data_pipelines.sources.opening import open_photos
 from engine.config import ConfigError, RunConfig
 from engine.config.loading import validate
 from engine.preflight import check_run
@@ -32,7 +32,7 @@ from tests.worlds import run_ranks
 
 def of_photos(at: Path, epochs: int, method: dict[str, Any] | None = None, **checkpoints: Any) -> RunConfig:
     """27 photos of 3 classes in batches of 4: 6 steps an epoch. They are listed anew, as by a process of its own."""
-    list_folder.cache_clear()
+    open_photos.cache_clear()
     raw = small_run(at, at / "run", method, schedule={"name": "constant"}).model_dump(mode="json")
     data = {"dataset": "image_folder", "root": str(at / "data"), "global_batch": 4, "image": {"size": 32, "resize": 36}}
     return validate(raw | {"data": data, "train": {"epochs": epochs}, "checkpoint": checkpoints})

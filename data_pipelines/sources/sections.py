@@ -1,0 +1,86 @@
+"""What a run says about where its data lie, and in which form."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from data_pipelines.keys import AnyPath, Only, Section
+
+PHOTOS = ("image_folder", "webdataset")
+"""The data sets of encoded photos of any size, which are decoded as they are shown."""
+
+OF_PHOTOS = Only("dataset", PHOTOS, " and ".join(PHOTOS))
+_FILES = Only("dataset", ("image_folder", "webdataset"), "image_folder and webdataset")
+
+_SUBSET = Path(__file__).parent.parent / "fashion_mnist_subset"
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the photos of a data set lie, ~ expanded; see `SourceConfig` for each."""
+
+    dataset: str
+    root: Path
+    val_root: Path | None = None
+    val_labels: Path | None = None
+    classes: Path | None = None
+    links: Literal["inside", "anywhere"] = "inside"
+    cache: Path | None = None
+
+
+class SourceConfig(Section):
+    """Which data set, and where it is."""
+
+    dataset: Literal["fashion_mnist_subset", "fashion_mnist", "cifar10", "cifar100", "image_folder", "webdataset"] = (
+        Field(
+            description="The data set; fashion_mnist_subset comes with the package, image_folder is ImageNet's layout, "
+            "webdataset tar shards; docs/data.md shows each."
+        )
+    )
+    root: AnyPath | None = Field(
+        default=None, description="Folder of the data set; needed for all but fashion_mnist_subset. ~ is expanded."
+    )
+    val_root: Annotated[AnyPath | None, OF_PHOTOS] = Field(
+        default=None,
+        description="Another place of the validation split: VAL_ROOT/val/, or VAL_ROOT itself where there is no such "
+        "folder; null: under root (photos).",
+    )
+    val_labels: Annotated[AnyPath | None, _FILES] = Field(
+        default=None,
+        description="The validation images lie side by side, as ILSVRC's own, and this file says of which class each "
+        "is: lines of FILE CLASS, or of the class alone in the order of the files' names (image_folder, webdataset).",
+    )
+    classes: Annotated[AnyPath | None, OF_PHOTOS] = Field(
+        default=None,
+        description="A file that lists the classes in the order of the labels, a line each, such as ImageNet's list of "
+        "synsets; null: sorted by name, or as the data say (photos).",
+    )
+    links: Annotated[Literal["inside", "anywhere"], _FILES] = Field(
+        default="inside",
+        description="Where links may lead: to places inside the folder of the data set, or anywhere (image_folder, "
+        "webdataset).",
+    )
+    cache: Annotated[AnyPath | None, OF_PHOTOS] = Field(
+        default=None,
+        description="A folder for what is known of the data set from one start to the next (listings, indices); null: "
+        ".cohort in its own folder, or ~/.cache/cohort where that cannot be written to (photos).",
+    )
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the data set, ~ expanded; the package's own for fashion_mnist_subset."""
+        return _SUBSET if self.root is None else self.root.expanduser()
+
+    @property
+    def photos(self) -> bool:
+        """Whether it is made of encoded photos, whose number of classes and sizes their files say."""
+        return self.dataset in PHOTOS
+
+    @property
+    def where(self) -> Where:
+        """What of this says where photos lie."""
+        named = {key: getattr(self, key) for key in ("val_root", "val_labels", "classes", "cache")}
+        paths = {key: path and path.expanduser() for key, path in named.items()}
+        return Where(self.dataset, self.folder, links=self.links, **paths)
