@@ -43,7 +43,7 @@ def root(form: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return to
 
 
-@pytest.fixture(scope="module", params=_DECODERS)
+@pytest.fixture(params=_DECODERS)
 def pipeline(request: pytest.FixtureRequest, root: Path, form: str) -> Iterator[Pipeline]:
     opened = _open(root, form, request.param)
     yield opened
