@@ -123,7 +123,7 @@ class ImageFolder(Pipeline):
 
     def eval_path(self, index: int) -> str | None:
         """See :meth:`data_pipelines.contract.Pipeline.eval_path`."""
-        return self._val.listing.path(index)
+        return self._val.source.place(index)
 
     def held_out(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.held_out`."""
