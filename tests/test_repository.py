@@ -17,19 +17,22 @@ CONFIGS = sorted(
 
 
 @functools.cache
-def names() -> list[str]:
-    return [load(path).name for path in CONFIGS]
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+NAMES: dict[str, Path] = {}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_is_valid_and_its_name_is_its_own(path: Path) -> None:
-    assert names().count(load(path).name) == 1
+    assert NAMES.setdefault(load(path).name, path) == path
 
 
 @pytest.mark.parametrize("room", ["losses", "models", "data_pipelines"])
 def test_the_bottom_row_knows_nothing_of_ranks(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.startswith("torch.distributed") or name == "distributed" for name in names), path
@@ -39,7 +42,7 @@ def test_nothing_on_disk_is_unpickled_or_executed() -> None:
     for path in (
         p for room in ("launch", "engine", "losses", "models", "data_pipelines") for p in (ROOT / room).rglob("*.py")
     ):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 called, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert called not in (
@@ -55,11 +58,6 @@ def test_nothing_on_disk_is_unpickled_or_executed() -> None:
 
 ROOMS = ("data_pipelines", "engine", "launch", "losses", "models")
 OURS = sorted(path for room in (*ROOMS, "tests") for path in (ROOT / room).rglob("*.py"))
-
-
-@functools.cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def test_no_file_is_longer_than_400_lines_and_no_class_than_200() -> None:
