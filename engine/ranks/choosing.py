@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import os
+from collections.abc import Iterator, Sequence
 
 from engine.config import ConfigError, RunConfig
 from engine.ranks.costs import costs_of
 from engine.ranks.placement import Group, Order, Placement, arranged
+from engine.ranks.planning.hardware import GPUS
+from engine.ranks.planning.planner import Cluster, Load, choose, load_of, predict
+
+AUTO = Cluster(GPUS["h100"], 8)
+"""What `placement.kind: auto` is reckoned for."""
 
 
 def plan(config: RunConfig, world: int, rank: int, per_node: int | None = None) -> Placement:
@@ -84,6 +91,77 @@ def peers_of_ranks(costs: Sequence[float], world: int) -> Sequence[Sequence[int]
     return sorted(tuple(sorted(peers)) for peers in held)
 
 
+def candidates(load: Load, world: int, *, order: Order = "contiguous", per_node: int | None = None) -> list[Placement]:
+    """Placements to choose from, as of rank 0; each cuts the batch so that no rank is without rows. First those that
+    have fewest peers a rank, as `placement.kind: auto` has always chosen; last those of uneven groups."""
+    count, rows = len(load.peers), load.batch // load.unit
+    found: dict[object, Placement] = {}
+    for per_rank in (m for m in range(1, count + 1) if count % m == 0):
+        groups = count // per_rank
+        if world % groups == 0 and rows >= world // groups * load.parts:
+            placement = Placement.even(count, per_rank, world, 0, None, order)
+            found.setdefault(_key(placement), placement)
+    costs = [sum(peer.seconds(max(2, load.batch // max(world // count, 1) // load.parts))) for peer in load.peers]
+    for counts in _counts(costs, world):
+        placement = balanced(costs, world, 0, counts, order, per_node)
+        if placement.least_rows(load.batch, load.parts, load.unit) > 0:
+            found.setdefault(_key(placement), placement)
+    for groups in range(2, min(count, world + 1)):
+        # Peers dealt to fewer groups than there are peers, and these to ranks in proportion.
+        held = peers_of_ranks(costs, groups)
+        ranks = arranged(ranks_of_peers([sum(costs[k] for k in peers) for peers in held], world), order, per_node)
+        placement = Placement(count, tuple(Group(*each) for each in zip(held, ranks, strict=True)), 0)
+        if placement.least_rows(load.batch, load.parts, load.unit) > 0:
+            found.setdefault(_key(placement), placement)
+    return list(found.values())
+
+
+def _key(placement: Placement) -> object:
+    return tuple((tuple(group.peers), tuple(group.ranks)) for group in placement.groups)
+
+
+def _counts(costs: Sequence[float], world: int) -> Iterator[list[int] | None]:
+    """Ranks of each peer: in proportion to its cost, and one or two more or less of the first two kinds."""
+    if world < len(costs):
+        yield None
+        return
+    best = ranks_of_peers(costs, world)
+    yield best
+    for giver, taker in itertools.permutations(range(min(len(costs), 4)), 2):
+        for moved in (1, 2):
+            if best[giver] > moved:
+                changed = list(best)
+                changed[giver] -= moved
+                changed[taker] += moved
+                yield changed
+
+
+def may_restart() -> bool:
+    """Whether the launcher starts ranks anew, on as many as are left: then `placement.ranks` are proportions. Alike on
+    all ranks, as the number of restarts so far need not be."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
+
+
+def automatic(config: RunConfig, world: int) -> tuple[Placement, str] | None:
+    """What `placement.kind: auto` comes to, as of rank 0, and why; None where fewest peers a rank is the answer, as for
+    peers that are all alike.
+
+    A function of the config and the number of ranks alone, so that a run that goes on has its placement again: it is
+    reckoned for nodes of 8 GPUs of one kind, whatever there is.
+    """
+    if world == 1 or len({(peer.network, repr(peer.options), peer.learns) for _, peer in config.cohort}) == 1:
+        return None
+    try:
+        load = load_of(config, AUTO.gpu)
+    except (RuntimeError, ValueError, TypeError):  # Who builds the networks says what is wrong with them.
+        return None
+    found = candidates(load, world, order=config.placement.order)
+    if not found:
+        return None
+    best, why = choose([predict(placement, load, AUTO) for placement in found])
+    return best.placement, why
+
+
 def _dealt(config: RunConfig, world: int, rank: int, per_node: int | None) -> Placement:
     num_peers, wanted = len(config.cohort), config.placement
     names = [name for name, _ in config.cohort]
@@ -91,6 +169,8 @@ def _dealt(config: RunConfig, world: int, rank: int, per_node: int | None) -> Pl
         counts = None
         if wanted.ranks is not None:
             counts = [wanted.ranks[name] for name in names]
+            if sum(counts) != world and may_restart():
+                return balanced([float(n) for n in counts], world, rank, None, wanted.order, per_node)
             if sum(counts) != world:
                 scaled = ""
                 if world >= num_peers:

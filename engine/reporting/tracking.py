@@ -69,11 +69,14 @@ def follow(
         check: raises an OSError where the run's folder belongs to another run by now.
     """
     changed = changes(config) if step else []
+    before = [start["ranks"] for start in _earlier_starts(config.folder / "starts.json")[-1:] if step]
     record_start(config, placement.world)
     tracker = Tracker(config, step, steps, check)
     for message in said:
         tracker.say(message)
     tracker.say(f"{config.title}: {config.method.name}, {placement}; {config.folder}")
+    if before and before[0] != placement.world:
+        tracker.say(f"{before[0]} ranks at the start before, {placement.world} now: peers live as {placement}")
     if step:
         state = "complete" if step >= steps else "going on"
         tracker.say(f"{state} at step {step} of {steps}, from its checkpoint")

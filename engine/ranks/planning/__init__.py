@@ -1,0 +1,1 @@
+"""What a step costs where its peers live so or so, before anything is started."""

@@ -1,0 +1,175 @@
+"""What is foretold of a placement, against what can be worked out by hand and what the exchange itself says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from engine.ranks.choosing import AUTO, automatic, balanced, candidates, plan
+from engine.ranks.costs import costs_of
+from engine.ranks.placement import Placement
+from engine.ranks.planning.footprint import footprint_of
+from engine.ranks.planning.hardware import GPUS
+from engine.ranks.planning.planner import (
+    Cluster,
+    Load,
+    PeerLoad,
+    averaging,
+    choose,
+    distinct,
+    exchanged,
+    load_of,
+    predict,
+    short,
+)
+from engine.ranks.routes import traffic
+from tests.engine.stepping import config_of
+
+H100 = GPUS["h100"]
+
+
+def peers(*costs: float, gradients: int = 0) -> list[PeerLoad]:
+    """Whose passes take `cost` seconds for each row, a third of it forward."""
+    return [PeerLoad(f"p{k}", lambda n, c=c: (n * c / 3, 2 * n * c / 3), gradients) for k, c in enumerate(costs)]
+
+
+def test_an_unequal_pair_is_foretold_as_by_hand() -> None:
+    """Costs 3 and 1, 24 rows, 4 ranks. Spread: 12 rows each, 36 s and 12 s. Balanced: 8 rows of 3 s, 24 rows of 1 s."""
+    load = Load(peers(3.0, 1.0), batch=24)
+    cluster = Cluster(H100, 4)
+    spread = predict(Placement.even(2, 1, 4, 0), load, cluster)
+    assert (spread.step, spread.compute, spread.waiting) == pytest.approx((36, 24, 12))
+    assert spread.efficiency == pytest.approx(2 / 3)
+    even = predict(balanced([3.0, 1.0], 4, 0), load, cluster)
+    assert [len(group.ranks) for group in even.placement.groups] == [3, 1]
+    assert (even.step, even.waiting, even.efficiency) == pytest.approx((24, 0, 1))
+    best, why = choose([spread, even])
+    assert best is even
+    assert why == (
+        "a step takes 33% less than in spread, where ranks of the cheaper peers would wait for the others 33% of a step"
+    )
+
+
+def test_what_is_not_clearly_better_is_not_chosen() -> None:
+    load = Load(peers(1.0, 1.0), batch=24)
+    found = [predict(placement, load, Cluster(H100, 4)) for placement in candidates(load, 4)]
+    best, why = choose(found)
+    assert short(found[0].placement) == short(best.placement) == "spread"
+    assert why == "colocated would take 0% longer"
+
+
+def test_gradients_that_a_backward_pass_cannot_hide_are_counted() -> None:
+    """450 GB/s x 0.8 = 360 GB/s; 4 ranks send 2 x 3/4 of 720 GB: 3 s; the pass backward of 2 s hides 1.8 s."""
+    load = Load(peers(1.0, gradients=720 * 10**9), batch=12)
+    found = predict(Placement.even(1, 1, 4, 0), load, Cluster(H100, 4))
+    assert found.gradients == pytest.approx(3 - 0.9 * 2, abs=1e-3)
+    assert found.step == pytest.approx(3 + 1.2, abs=1e-3)
+    assert averaging(found.placement, load, Cluster(H100, 4)) == (2 * 3 * 720 * 10**9, 0)
+
+
+def test_bytes_of_a_ring_within_nodes_and_between() -> None:
+    """4 ranks on 2 nodes, one ring: of its 4 hops 2 are between nodes; each carries 2 x 3/4 of the gradients."""
+    load = Load(peers(1.0, gradients=1000), batch=12)
+    assert averaging(Placement.even(1, 1, 4, 0), load, Cluster(H100, 2)) == (3000, 3000)
+
+
+CASES: list[tuple[Placement, int, int, int]] = [
+    (Placement.even(2, 1, 4, 0), 24, 1, 1),
+    (Placement.even(4, 2, 4, 0, None, "interleaved"), 24, 2, 1),
+    (balanced([3.0, 1.0], 4, 0), 26, 1, 1),
+    (balanced([5.0, 2.0, 1.0], 7, 0), 40, 2, 2),
+    (balanced([1.0, 2.0, 3.0, 4.0], 3, 0), 24, 3, 1),
+    (balanced([6.0, 2.0], 8, 0), 31, 1, 1),
+]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_bytes_are_those_of_the_exchange(case: int, everywhere: bool) -> None:
+    placement, batch, parts, unit = CASES[case]
+    count = placement.num_peers
+    widths = {k: 10 + k for k in range(count)}
+    wide = {k: 3 + k for k in range(count)} if everywhere else None
+    load = Load(peers(*[1.0] * count), batch, parts, unit, shown=widths, everywhere=wide, wire=2)
+    inside, between, most = exchanged(placement, load, Cluster(H100, 2))
+    expected, largest = 0, 0
+    for rank, micro in itertools.product(range(placement.world), range(parts)):
+        place = placement.of(rank)
+        found = traffic(place, place.cut(batch, parts, unit)[micro], widths, wide, torch.bfloat16)
+        expected, largest = expected + found.received, max(largest, found.received)
+    assert inside + between == expected
+    assert most == largest
+    one_node = exchanged(placement, load, Cluster(H100, placement.world))
+    assert one_node[:2] == (expected, 0)
+
+
+@pytest.mark.parametrize("world", [1, 6, 256, 4096])
+def test_placements_of_thousands_of_ranks(world: int) -> None:
+    """Every (row, peer) is computed exactly once, what a rank gets does not grow with the world, all is foretold."""
+    costs, per_rank = (4.1, 1.8, 1.0), 64
+    load = Load(peers(*costs, gradients=10**8), per_rank * world, shown=dict.fromkeys(range(3), 1000), decoded=6000.0)
+    cluster = Cluster(H100, 8)
+    found = candidates(load, world, per_node=8)
+    assert found
+    for placement in found:
+        for group in placement.groups:
+            shares = [placement.of(rank).cut(load.batch)[0].rows for rank in group.ranks]
+            assert [row for rows in shares for row in (rows.start, rows.stop)] == _ends(shares, load.batch)
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert sorted(rank for group in placement.groups for rank in group.ranks) == list(range(world))
+        assert sorted(k for group in placement.groups for k in group.peers) == [0, 1, 2]
+        prediction = predict(placement, load, cluster)
+        assert prediction.step > 0
+        assert 0 < prediction.efficiency <= 1
+        _, _, most = exchanged(placement, load, cluster)
+        # A rank gets its own rows of the two other peers and, where it is one of a few, no more than theirs.
+        most_rows = max(len(placement.of(group.ranks[0]).cut(load.batch)[0].rows) for group in placement.groups)
+        assert most <= (most_rows + 1) * 2 * 1000 * 4 * (1 + (placement.is_even and len(placement.groups) == 2))
+
+
+def _ends(shares: Sequence[range], batch: int) -> list[int]:
+    """Beginnings and ends of rows that follow each other from 0 to the last."""
+    ends = [0, *(rows.stop for rows in shares)]
+    assert ends[-1] == batch
+    return [end for pair in itertools.pairwise(ends) for end in pair]
+
+
+def test_rows_of_several_ranks_are_counted_once() -> None:
+    assert distinct([range(4), range(2, 6), range(8, 9), range(3, 4)]) == 7
+
+
+SMALL: dict[str, Any] = {"network": "cifar_resnet8_b", "options": {"width": 4}, "name": "a"}
+WIDE: dict[str, Any] = {"network": "cifar_wrn_16_4", "name": "b"}
+
+
+def test_operations_of_a_network_are_those_of_a_pass_forward() -> None:
+    config = config_of({"name": "dml"}, [SMALL, WIDE])
+    for cost, (_, peer) in zip(costs_of(config), config.cohort, strict=True):
+        counted = footprint_of(config, peer, 10)
+        assert counted.flops[: counted.forward].sum() == cost
+        # The way back takes twice that, but for the images, which need no gradient.
+        assert 1.8 * cost < counted.flops[counted.forward :].sum() < 2 * cost
+
+
+def test_auto_is_a_function_of_config_and_world() -> None:
+    """Alike peers get fewest a rank, unequal ones what is clearly faster; and the same for each rank that asks."""
+    alike = config_of({"name": "dml"}, 2)
+    assert automatic(alike, 4) is None
+    batch = {"data": {"global_batch": 1024}, "precision": {"amp": "bf16"}}
+    unequal = config_of({"name": "dml"}, [SMALL, {**WIDE, "network": "cifar_wrn_28_10"}], **batch)
+    chosen = automatic(unequal, 8)
+    assert chosen is not None
+    assert chosen[0].kind != "spread"
+    load = load_of(unequal, AUTO.gpu)
+    assert predict(chosen[0], load, AUTO).step < 0.95 * predict(Placement.even(2, 1, 8, 0), load, AUTO).step
+
+
+def test_given_ranks_are_proportions_where_the_launcher_may_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of({"name": "dml"}, [SMALL, WIDE], placement={"kind": "balanced", "ranks": {"a": 2, "b": 6}})
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert [len(group.ranks) for group in plan(config, 8, 0).groups] == [2, 6]
+    assert [len(group.ranks) for group in plan(config, 4, 0).groups] == [1, 3]
