@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=[f"{room}{below}" for room in ROOMS for below in ("", ".*")]),
-    package_data={"data_pipelines": ["fashion_mnist_subset/*"]},
+    package_data={"data_pipelines": ["fashion_mnist_subset/*"], "engine": ["reporting/report/published.yaml"]},
     install_requires=[
         "matplotlib",
         "numpy",

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,13 +155,23 @@ def write_down(grid: Grid, cells: Sequence[Cell]) -> None:
         }
         for cell in cells
     }
-    before = read_sweep(folder)
+    before = read_sweep(folder).cells
     # Seeds of an earlier start of the same sweep stay in its report.
     write_json(folder / "sweep.json", {"name": grid.name, "about": grid.about, "cells": {**before, **written}})
 
 
-def read_sweep(folder: Path) -> dict[str, Any]:
-    """The runs of the sweep in a folder, by name; {} where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["cells"])
-    return {}
+@dataclass(frozen=True)
+class Sweep:
+    """What the sweep in a folder is, as `write_down` has left it."""
+
+    name: str = ""
+    about: str = ""
+    cells: dict[str, Any] = field(default_factory=dict)
+    """Of each run: method, network, override, seed and the keys in which it differs on purpose."""
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep in a folder; one without a name and runs where there is none."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Sweep(**json.loads((folder / "sweep.json").read_text(encoding="utf-8")))
+    return Sweep()

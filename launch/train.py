@@ -27,7 +27,8 @@ from engine.config import loading as configuration
 from engine.forecast import forecast
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch, choose_device
-from engine.reporting import report
+from engine.reporting.report.curves import curves
+from engine.reporting.report.table import table
 from engine.trainer import train
 from launch.entry import parser, require_torchrun, user_errors
 
@@ -108,9 +109,9 @@ def _first_start() -> bool:
 
 def _summarise(folder: Path) -> None:
     """The run is complete whatever becomes of this."""
-    text = report.table([folder])
+    text = table([folder])
     with _said("curves.png"):
-        report.curves([folder], folder / "curves.png")
+        curves([folder], folder / "curves.png")
     with _said("table.txt"):
         (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     with _said("the table on standard output"):

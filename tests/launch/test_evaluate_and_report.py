@@ -108,6 +108,7 @@ def test_report_has_every_peer_of_every_run_and_a_picture(run: Path, tmp_path: P
     header = (tmp_path / "both.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", header[16:]) == (2160, 540)
+    assert {path.suffix for path in tmp_path.glob("both.*")} == {".txt", ".png", ".html", ".md", ".csv"}
 
 
 def test_runs_of_one_name_are_told_apart_by_where_they_lie(run: Path, tmp_path: Path) -> None:

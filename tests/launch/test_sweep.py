@@ -148,6 +148,9 @@ def test_what_is_complete_is_not_run_again_and_what_failed_is_shown(tiny: Path, 
     assert f"{bad.name}: has failed: {failed.said}; --retry runs it again" in err.splitlines()
     assert log.stat().st_size == size
     assert f"{bad.name}          failed" in run_command("sweep", str(path), "--show")[1]
+    run_command("report", str(grid.folder))
+    assert "independent" in (grid.folder / "report.html").read_text()
+    assert f"{done.config.folder}" in (grid.folder / "report.csv").read_text()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.config import ConfigError, RunConfig
-from engine.reporting.report import deployed
+from engine.reporting.report.table import deployed
 from losses import METHODS
 from tests.engine.stepping import config_of
 
