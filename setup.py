@@ -32,7 +32,10 @@ setup(
     extras_require={
         "dali-cuda12": ["nvidia-dali-cuda120>=2.0"],
         "dali-cuda13": ["nvidia-dali-cuda130>=2.0"],
+        "hub": ["datasets>=3"],
         "dev": [
+            "datasets>=3",
+            "hypothesis",
             "import-linter",
             "mypy",
             "pytest",

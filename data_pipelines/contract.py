@@ -53,14 +53,15 @@ class Pipeline(ABC):
         channels: channels of an image.
         image_size: side of the square images, in pixels.
         train_size: samples of the training split that are trained on.
+        class_weights: how much an image of each class counts in the loss, float32 [num_classes]; None: all alike.
         held_out_size: samples of the training split that are not, see `DataConfig.held_out`.
         eval_size: samples of the validation split.
         class_names: the name of each class, or None where nobody names them.
         global_batch: samples of one step, over all ranks.
         steps_per_epoch: whole global batches of an epoch, the same in every epoch; what is left over is dropped, so
             that shapes are static.
-        train_targets: class of each sample of the training split, by its id: int64 [train_size + held_out_size], -1
-            for those that are held out, which a memory of all samples must leave alone.
+        train_targets: class of each sample of the training split, by its id: int64 [size], -1 for those
+            that are held out or beyond `DataConfig.fraction`, which a memory of all samples must leave alone.
         contents: what the data set holds, see :func:`data_pipelines.digest.contents`; where it differs, the data do.
     """
 
@@ -76,6 +77,7 @@ class Pipeline(ABC):
     global_batch: int
     steps_per_epoch: int
     train_targets: NDArray[np.int64]
+    class_weights: NDArray[np.float32] | None = None
     contents: dict[str, str]
 
     @abstractmethod

@@ -79,7 +79,7 @@ class ImageFolder(Pipeline):
         self.train_size, self.held_out_size = len(self._sampling.trained_on), len(self._sampling.held_out)
         self.eval_size = len(val)
         self.global_batch, self.steps_per_epoch = config.global_batch, self._sampling.steps
-        self.train_targets = self._sampling.targets
+        self.train_targets, self.class_weights = self._sampling.targets, self._sampling.weights
         self.contents = contents(self.class_names, *((source.digest(), source.labels) for source in (train, val)))
         self._config, self._seed, self._device = config, seed, device
         self._augmenter = Augmenter(

@@ -13,6 +13,7 @@ from data_pipelines.contract import Batch, DataError, Pipeline
 from data_pipelines.image_folder import ImageFolder
 from data_pipelines.order import Rows
 from data_pipelines.resident import ResidentSet
+from data_pipelines.sources import npz
 from data_pipelines.sources.opening import open_validation_alone
 
 
@@ -76,11 +77,16 @@ def open_validation(
     Raises:
         DataError: images are missing, or of classes that the networks do not know.
     """
-    whole = config.model_copy(update={"global_batch": 1, "sampler": "shuffle", "held_out": 0.0})
+    whole = config.model_copy(
+        update={"global_batch": 1, "sampler": "shuffle", "held_out": 0.0, "fraction": 1.0, "class_weights": None}
+    )
     pipeline: Pipeline
     if config.photos:
         source = open_validation_alone(config.where, classes)
         pipeline = ImageFolder(whole, 0, device, (source, source))
+    elif config.dataset == "npz":
+        val, names = npz.read_validation(config.folder, config.where.val_root, config.side, config.channels)
+        pipeline = ResidentSet(whole, 0, device, (val, val, names))
     else:
         pipeline = ResidentSet(whole, 0, device)
     if classes is None or pipeline.class_names is None:

@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from data_pipelines import order, weights
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import DataError, Pipeline
 from data_pipelines.decoding.choice import choose
 from data_pipelines.image_folder import ImageFolder
 from data_pipelines.resident import ResidentSet
+from data_pipelines.sampling import left_by
+from data_pipelines.sources import npz
 from data_pipelines.sources.opening import open_photos
 from data_pipelines.sources.standard_sets import STANDARD
 
@@ -22,8 +27,15 @@ class Sizes:
     held_out: int
     eval: int
     classes: int
+    left_out: int = 0
+    """Samples of the training split beyond `DataConfig.fraction`."""
     remarks: tuple[str, ...] = ()
     """What there is beside, and is not used."""
+
+    @property
+    def trained_on(self) -> int:
+        """Samples of the training split that are trained on."""
+        return self.train - self.held_out - self.left_out
 
 
 def check_files(config: DataConfig) -> Sizes:
@@ -34,22 +46,32 @@ def check_files(config: DataConfig) -> Sizes:
             or classes than a global batch has; or DALI is asked for and not installed.
     """
     remarks: tuple[str, ...] = ()
+    labels: NDArray[np.int64] | None = None
     if config.photos:
         # Whether there is a device for a mixed one is asked by who knows the device.
         choose(config.decoding.decoder, cuda=True)
         train, val = open_photos(config.where)
-        size, classes, validation = len(train), len(train.classes), len(val)
+        labels, names, validation = train.labels, train.classes, len(val)
         remarks = (*train.remarks, *val.remarks)
+    elif config.dataset == "npz":
+        labels, validation, names = npz.sizes(config.folder, config.where.val_root)
     else:
-        size, validation = STANDARD[config.dataset].sizes(config.folder)
-        classes = len(STANDARD[config.dataset].class_names)
-    if config.held_out and not config.held_out_of(size):
-        raise DataError(f"held_out: {config.held_out} of {size} training samples is less than one of them")
-    left = size - config.held_out_of(size)
+        standard = STANDARD[config.dataset]
+        size, validation = standard.sizes(config.folder)
+        names = standard.class_names
+        if config.fraction < 1:
+            labels = standard.read(config.folder)[0].labels
+    size = used = size if labels is None else len(labels)
+    if labels is not None and config.fraction < 1:
+        used = int(order.fraction_sizes(np.bincount(labels), config.fraction).sum())
+    if config.class_weights is not None:
+        weights.given(config.class_weights, names)
+    if config.held_out and not config.held_out_of(used):
+        raise DataError(f"held_out: {config.held_out} of {used} training samples is less than one of them")
+    left, classes = used - config.held_out_of(used), len(names)
     if config.global_batch > left:
-        held_out = f" that held_out = {config.held_out} leaves" if config.held_out else ""
         raise DataError(
-            f"global_batch: expected at most the {left} training samples of {config.folder}{held_out}, "
+            f"global_batch: expected at most the {left} training samples of {config.folder}{left_by(config)}, "
             f"found {config.global_batch}"
         )
     if config.sampler != "shuffle" and config.tuples > classes:
@@ -57,7 +79,7 @@ def check_files(config: DataConfig) -> Sizes:
             f"global_batch: expected at most {classes * config.images_per_class} for sampler {config.sampler}, "
             f"images_per_class = {config.images_per_class} for each of {classes} classes, found {config.global_batch}"
         )
-    return Sizes(size, size - left, validation, classes, remarks)
+    return Sizes(size, used - left, validation, classes, size - used, remarks)
 
 
 def open_pipeline(config: DataConfig, seed: int, device: torch.device) -> Pipeline:

@@ -18,6 +18,7 @@ _HELD_OUT = 3
 _CLASSES = 4
 _IMAGES = 5
 _LEFT_OUT = 6
+_FRACTION = 20
 _PURPOSES = {"policy": 7, "colour": 8, "erasing": 9, "cutout": 10, "mixing": 11}
 
 
@@ -112,6 +113,26 @@ def hold_out(seed: int, size: int, count: int) -> tuple[NDArray[np.int64], NDArr
     """
     drawn = np.argsort(_words(seed, _HELD_OUT, 0, 0, size), kind="stable").astype(np.int64)
     return np.sort(drawn[count:]), np.sort(drawn[:count])
+
+
+def fraction(seed: int, labels: NDArray[np.int64], part: float) -> NDArray[np.int64]:
+    """Returns the samples of a part of each class, ascending, int64; those of a smaller part are among them.
+
+    Of n_c samples of a class max(1, floor(part n_c + 1/2)) are kept.
+
+    Args:
+        seed: 0 .. 2**64 - 1.
+        labels: class of each sample, int64 [size].
+        part: above 0, at most 1.
+    """
+    shuffled = np.lexsort((_words(seed, _FRACTION, 0, 0, len(labels)), labels))
+    sizes = np.bincount(labels)
+    return np.sort(shuffled[_ranks(sizes) < np.repeat(fraction_sizes(sizes, part), sizes)])
+
+
+def fraction_sizes(sizes: NDArray[np.int64], part: float) -> NDArray[np.int64]:
+    """Returns how many samples of each class :func:`fraction` keeps."""
+    return np.minimum(sizes, np.maximum(np.floor(part * sizes + 0.5), 1).astype(np.int64))
 
 
 def augmentation(seed: int, epoch: int, step: int, rows: int, columns: int, view: int = 0) -> NDArray[np.float64]:

@@ -13,33 +13,39 @@ from data_pipelines.contract import Batch, Pipeline
 from data_pipelines.digest import contents
 from data_pipelines.order import Rows
 from data_pipelines.sampling import Sampling
+from data_pipelines.sources import npz
 from data_pipelines.sources.standard_sets import STANDARD, Split
 
 
 class ResidentSet(Pipeline):
-    """Fashion-MNIST, CIFAR-10 or CIFAR-100, read once and held on the device.
+    """Fashion-MNIST, CIFAR-10, CIFAR-100 or arrays of one's own, read once and held on the device.
 
     Args:
         config: the data set and its augmentation.
         seed: of order and augmentation.
         device: where the images live and the batches appear.
+        arrays: both splits and the names of the classes, where they are not those that the config names.
 
     Raises:
         DataError: a file is missing, cut short or wrong, or a class has too few images for `config.sampler`.
     """
 
-    def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
-        standard = STANDARD[config.dataset]
-        train, test = standard.read(config.folder)
-        self.class_names = standard.class_names
-        self.num_classes = len(standard.class_names)
-        self.channels = standard.channels
-        self.image_size = standard.side
-        self._sampling = Sampling(config, seed, train.labels, standard.class_names)
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        device: torch.device,
+        arrays: tuple[Split, Split, tuple[str, ...]] | None = None,
+    ) -> None:
+        train, test, self.class_names = arrays or read_arrays(config)
+        self.num_classes = len(self.class_names)
+        self.channels = config.channels
+        self.image_size = config.side
+        self._sampling = Sampling(config, seed, train.labels, self.class_names)
         self.train_size, self.held_out_size = len(self._sampling.trained_on), len(self._sampling.held_out)
         self.eval_size = len(test.labels)
         self.global_batch, self.steps_per_epoch = config.global_batch, self._sampling.steps
-        self.train_targets = self._sampling.targets
+        self.train_targets, self.class_weights = self._sampling.targets, self._sampling.weights
         self.contents = contents(self.class_names, (train.images, train.labels), (test.images, test.labels))
         self._config, self._seed, self._device = config, seed, device
         self._train, self._test = (_to_device(split, device) for split in (train, test))
@@ -90,6 +96,14 @@ class ResidentSet(Pipeline):
     def close(self) -> None:
         """See :meth:`data_pipelines.contract.Pipeline.close`."""
         del self._train, self._test
+
+
+def read_arrays(config: DataConfig) -> tuple[Split, Split, tuple[str, ...]]:
+    """Both splits, and the names of the classes. Raises: DataError, as `ResidentSet`."""
+    if config.dataset == "npz":
+        return npz.read(config.folder, config.where.val_root, config.side, config.channels)
+    standard = STANDARD[config.dataset]
+    return *standard.read(config.folder), standard.class_names
 
 
 def augment(

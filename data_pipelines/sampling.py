@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from data_pipelines import order
 from data_pipelines.config import DataConfig
 from data_pipelines.contract import DataError
+from data_pipelines.weights import class_weights
 
 
 class Sampling:
@@ -20,7 +21,8 @@ class Sampling:
     Attributes:
         trained_on: the samples that are trained on, ascending, int64.
         held_out: the samples that are not, ascending, int64.
-        targets: class of each sample of the split, -1 for those that are held out, int64 [size].
+        targets: class of each sample of the split, -1 for those that are not trained on, int64 [size].
+        weights: how much each class counts in the loss, float32 [K]; None: all alike.
         steps: global batches of an epoch, the same in every epoch.
 
     Raises:
@@ -29,17 +31,22 @@ class Sampling:
 
     def __init__(self, config: DataConfig, seed: int, labels: NDArray[np.int64], class_names: tuple[str, ...]) -> None:
         self._config, self._seed = config, seed
-        self.trained_on, self.held_out = order.hold_out(seed, len(labels), config.held_out_of(len(labels)))
-        self.targets = labels.copy()
-        self.targets[self.held_out] = -1
+        used = order.fraction(seed, labels, config.fraction) if config.fraction < 1 else np.arange(len(labels))
+        trained_on, held_out = order.hold_out(seed, len(used), config.held_out_of(len(used)))
+        self.trained_on, self.held_out = used[trained_on], used[held_out]
         self._labels = labels[self.trained_on]
+        self.targets = np.full_like(labels, -1)
+        self.targets[self.trained_on] = self._labels
+        self.weights = None
+        if config.class_weights is not None:
+            self.weights = class_weights(config.class_weights, self._labels, class_names)
         self.steps = len(self._labels) // config.global_batch
         if config.sampler == "shuffle":
             return
         counts = np.bincount(self._labels, minlength=len(class_names))
         rarest = int(counts.argmin())
         if counts[rarest] < config.images_per_class:
-            left = f" that held_out = {config.held_out} leaves" if config.held_out else ""
+            left = left_by(config)
             raise DataError(
                 f"images_per_class: {config.images_per_class} are more than the {counts[rarest]} training samples of "
                 f"class {class_names[rarest]!r}{left}; expected "
@@ -64,3 +71,10 @@ class Sampling:
             # The repeats of a batch one after another: an image's neighbour, with which it may be mixed, is another.
             drawn = np.tile(drawn, (1, config.repeats))
         return self.trained_on[drawn]
+
+
+def left_by(config: DataConfig) -> str:
+    """What of the training samples is not trained on, for a message."""
+    kept = {"fraction": config.fraction if config.fraction < 1 else None, "held_out": config.held_out or None}
+    said = " and ".join(f"{key} = {value}" for key, value in kept.items() if value is not None)
+    return f" that {said} leave{'s' * (' and ' not in said)}" if said else ""

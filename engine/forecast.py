@@ -26,12 +26,13 @@ def forecast(config: RunConfig, placement: Placement, *, cuda: bool = False) -> 
         ConfigError: a step of these networks on these images cannot be made.
     """
     sizes = check_data(config)
-    trained_on = sizes.train - sizes.held_out
+    trained_on = sizes.trained_on
     batch, replicas = config.data.global_batch, placement.replicas
     steps, left = divmod(trained_on, batch)
     yield (
         f"data       {trained_on:,} images of {sizes.classes:,} classes to train on, "
         + (f"{sizes.held_out:,} held out, " if sizes.held_out else "")
+        + (f"{sizes.left_out:,} left out by data.fraction, " if sizes.left_out else "")
         + f"{sizes.eval:,} to validate; {config.data.side} pixels"
     )
     parts = config.train.accumulation

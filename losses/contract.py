@@ -95,7 +95,7 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.options = options
         self.num_peers = len(peers)
-        self.classify: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+        self.classify: Callable[..., Tensor] = cross_entropy
         """How logits are held against the targets, `train.loss` of a config: logits [N, C], targets -> scalar."""
 
     @classmethod

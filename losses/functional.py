@@ -11,13 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """CE(z, y), the mean over rows of -sum_c y_c log softmax(z)_c. logits [N, C], targets [N] or [N, C] -> scalar."""
-    return F.cross_entropy(logits.float(), targets)
+def cross_entropy(logits: Tensor, targets: Tensor, *, weight: Tensor | None = None) -> Tensor:
+    """CE(z, y), the mean over rows of -sum_c w_c y_c log softmax(z)_c. logits [N, C], targets [N] or [N, C] -> scalar.
+
+    Args:
+        weight: w of each class, [C]; None: all 1. PyTorch's, but the mean is over rows for class indices as well, where
+            PyTorch divides by the sum of the rows' weights: that would depend on which rows a rank has.
+    """
+    if weight is None:
+        return F.cross_entropy(logits.float(), targets)
+    return F.cross_entropy(logits.float(), targets, weight=weight, reduction="none").mean()
 
 
 def binary_cross_entropy(
-    logits: Tensor, targets: Tensor, *, threshold: float | None = None, sum_classes: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    threshold: float | None = None,
+    sum_classes: bool = False,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """The mean over rows and classes of -t log s(z) - (1 - t) log(1 - s(z)), s the logistic function: timm's
     BinaryCrossEntropy. logits [N, C], targets [N] or [N, C] -> scalar.
@@ -25,6 +37,7 @@ def binary_cross_entropy(
     Args:
         threshold: where targets are probabilities, those above it become 1 and the others 0; None: t = y.
         sum_classes: the sum over classes in the place of their mean.
+        weight: w of each class, [C]: a row counts sum_c w_c y_c times; None: once.
     """
     wanted = targets
     if not targets.is_floating_point():
@@ -32,7 +45,10 @@ def binary_cross_entropy(
     if threshold is not None:
         wanted = (wanted > threshold).to(wanted.dtype)
     terms = F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none")
-    return terms.sum(-1).mean() if sum_classes else terms.mean()
+    if weight is None:
+        return terms.sum(-1).mean() if sum_classes else terms.mean()
+    rows = targets @ weight if targets.is_floating_point() else weight[targets]
+    return (rows * (terms.sum(-1) if sum_classes else terms.mean(-1))).mean()
 
 
 def classifier(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from data_pipelines.damage import DataError
+from data_pipelines.sources import hub
 from data_pipelines.sources.contract import Source
 from data_pipelines.sources.folders import class_folders
 from data_pipelines.sources.folders.flat import FlatFolder
@@ -12,7 +13,7 @@ from data_pipelines.sources.sections import Where
 from data_pipelines.sources.shards import tar_shards
 from data_pipelines.sources.shards.tar_shards import TarShards, shards_of
 
-_GET = {"image_folder": class_folders.GET, "webdataset": tar_shards.GET}
+_GET = {"image_folder": class_folders.GET, "webdataset": tar_shards.GET, "hub": hub.GET}
 
 
 # Whoever checks and whoever opens both ask, and a walk of a million files on a network disk takes minutes.
@@ -70,6 +71,9 @@ def _open(where: Where, split: str, classes: Sequence[str] | None, *, listed: bo
     root = where.val_root if own and where.val_root else where.root
     if not root.is_dir():
         raise DataError(f"{'val_root' if own else 'root'}: {root} is not a folder. {_GET[where.dataset]}")
+    if where.dataset == "hub":
+        found = hub.HubSet(root, split, alone=own or alone, cache=where.cache, label_column=where.label_column)
+        return hub.known(classes, found)
     labels_file = where.val_labels if split == "val" else None
     if where.dataset == "webdataset":
         shards = shards_of(root, split, alone=own or alone, links=where.links)

@@ -4,15 +4,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, Strict
 
 from data_pipelines.keys import AnyPath, Only, Section
 
-PHOTOS = ("image_folder", "webdataset")
+PHOTOS = ("image_folder", "webdataset", "hub")
 """The data sets of encoded photos of any size, which are decoded as they are shown."""
 
-OF_PHOTOS = Only("dataset", PHOTOS, " and ".join(PHOTOS))
+OF_PHOTOS = Only("dataset", PHOTOS, "image_folder, webdataset and hub")
+_MOVABLE = Only("dataset", (*PHOTOS, "npz"), "image_folder, webdataset, hub and npz")
+_NPZ = Only("dataset", ("npz",), "npz")
+_HUB = Only("dataset", ("hub",), "hub")
 _FILES = Only("dataset", ("image_folder", "webdataset"), "image_folder and webdataset")
+
+DataSet = Literal[
+    "fashion_mnist_subset",
+    "fashion_mnist",
+    "cifar10",
+    "cifar100",
+    "npz",
+    "image_folder",
+    "webdataset",
+    "hub",
+]
 
 _SUBSET = Path(__file__).parent.parent / "fashion_mnist_subset"
 
@@ -28,24 +42,23 @@ class Where:
     classes: Path | None = None
     links: Literal["inside", "anywhere"] = "inside"
     cache: Path | None = None
+    label_column: str | None = None
 
 
 class SourceConfig(Section):
     """Which data set, and where it is."""
 
-    dataset: Literal["fashion_mnist_subset", "fashion_mnist", "cifar10", "cifar100", "image_folder", "webdataset"] = (
-        Field(
-            description="The data set; fashion_mnist_subset comes with the package, image_folder is ImageNet's layout, "
-            "webdataset tar shards; docs/data.md shows each."
-        )
+    dataset: DataSet = Field(
+        description="The data set; fashion_mnist_subset comes with the package, image_folder is ImageNet's layout, "
+        "webdataset tar shards, hub Arrow or Parquet files, npz arrays in NumPy's files; docs/data.md shows each."
     )
     root: AnyPath | None = Field(
         default=None, description="Folder of the data set; needed for all but fashion_mnist_subset. ~ is expanded."
     )
-    val_root: Annotated[AnyPath | None, OF_PHOTOS] = Field(
+    val_root: Annotated[AnyPath | None, _MOVABLE] = Field(
         default=None,
         description="Another place of the validation split: VAL_ROOT/val/, or VAL_ROOT itself where there is no such "
-        "folder; null: under root (photos).",
+        "folder; null: under root (photos, npz).",
     )
     val_labels: Annotated[AnyPath | None, _FILES] = Field(
         default=None,
@@ -61,6 +74,12 @@ class SourceConfig(Section):
         default="inside",
         description="Where links may lead: to places inside the folder of the data set, or anywhere (image_folder, "
         "webdataset).",
+    )
+    label_column: Annotated[str | None, _HUB] = Field(
+        default=None, description="The column of the classes; null: the only one that can be (hub)."
+    )
+    shape: Annotated[Annotated[tuple[int, int], Strict(False)] | None, _NPZ] = Field(
+        default=None, description="Side of the images in pixels, and their channels; null: as the file says (npz)."
     )
     cache: Annotated[AnyPath | None, OF_PHOTOS] = Field(
         default=None,
@@ -83,4 +102,4 @@ class SourceConfig(Section):
         """What of this says where photos lie."""
         named = {key: getattr(self, key) for key in ("val_root", "val_labels", "classes", "cache")}
         paths = {key: path and path.expanduser() for key, path in named.items()}
-        return Where(self.dataset, self.folder, links=self.links, **paths)
+        return Where(self.dataset, self.folder, links=self.links, label_column=self.label_column, **paths)

@@ -249,6 +249,9 @@ def open_cohort(
         steps_per_epoch=pipeline.steps_per_epoch,
         initial=initial,
     )
+    if pipeline.class_weights is not None:
+        weight = torch.from_numpy(pipeline.class_weights).to(device)
+        cohort.method.classify = partial(cohort.method.classify, weight=weight)
     cohort.prepare(torch.from_numpy(pipeline.train_targets))
     if cohort.meeting is not None:
         cohort.meeting.program = program(pipeline.contents)

@@ -6,6 +6,8 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import datasets
+
 
 def samples_of(root: Path, split: str) -> list[tuple[str, int, Path]]:
     """(class, label, file) of each photo of ROOT/SPLIT/CLASS/*, in the order of ids."""
@@ -40,3 +42,30 @@ def write_shards(root: Path, to: Path, per_shard: int = 4, pattern: str = "{spli
 def bytes_of(photos: Sequence[tuple[str, int, Path]]) -> list[bytes]:
     """What is in the files."""
     return [path.read_bytes() for _, _, path in photos]
+
+
+def rows_of(root: Path, split: str) -> datasets.Dataset:
+    """The photos of a split as a data set of the Hub, in the order of ids."""
+    photos = samples_of(root, split)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted({name for name, _, _ in photos}))}
+    )
+    images = [{"bytes": path.read_bytes(), "path": path.name} for _, _, path in photos]
+    table = {"image": images, "label": [label for _, label, _ in photos]}
+    return datasets.Dataset.from_dict(table, features=features)
+
+
+def write_parquet(root: Path, to: Path) -> None:
+    """Two Parquet files a split, as the Hub ships ImageNet."""
+    (to / "data").mkdir(parents=True)
+    for split, name in (("train", "train"), ("val", "validation")):
+        rows = rows_of(root, split)
+        for part in range(2):
+            path = to / f"data/{name}-{part:05d}-of-00002.parquet"
+            rows.shard(2, part, contiguous=True).to_parquet(str(path))
+
+
+def write_arrow(root: Path, to: Path) -> None:
+    """What save_to_disk writes, two files a split."""
+    splits = {name: rows_of(root, split) for split, name in (("train", "train"), ("val", "validation"))}
+    datasets.DatasetDict(splits).save_to_disk(str(to), num_shards={"train": 2, "validation": 2})

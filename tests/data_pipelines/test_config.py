@@ -43,12 +43,12 @@ _FOLDER = {"dataset": "image_folder", "root": "/data", "global_batch": 8}
         (
             _SUBSET | {"decoding": {"threads": 4}},
             "Value error, decoding.threads: 4 has no meaning for dataset fashion_mnist_subset; "
-            "it belongs to image_folder",
+            "it belongs to image_folder, webdataset and hub",
         ),
         (
             _FOLDER | {"augmentation": {"padding": 4}},
             "Value error, augmentation.padding: 4 has no meaning for dataset image_folder; "
-            "it belongs to the data sets of 28 and 32 pixels",
+            "it belongs to the data sets of 28 and 32 pixels, and npz",
         ),
         (
             _SUBSET | {"mean": [0.5] * 3},
@@ -57,12 +57,13 @@ _FOLDER = {"dataset": "image_folder", "root": "/data", "global_batch": 8}
         (_FOLDER | {"std": [0.2, 0.0, 0.2]}, "Value error, std: expected values above 0, found [0.2, 0.0, 0.2]"),
         (
             _SUBSET | {"image": {"size": 300}},
-            "Value error, image.size: 300 has no meaning for dataset fashion_mnist_subset; it belongs to image_folder",
+            "Value error, image.size: 300 has no meaning for dataset fashion_mnist_subset; "
+            "it belongs to image_folder, webdataset and hub",
         ),
         (
             _SUBSET | {"augmentation": {"flip": True, "crop_area": [0.5, 1.0]}},
             "Value error, augmentation.crop_area: (0.5, 1.0) has no meaning for dataset fashion_mnist_subset; "
-            "it belongs to image_folder",
+            "it belongs to image_folder, webdataset and hub",
         ),
         (
             _SUBSET | {"augmentation": {"padding": 28}},

@@ -13,18 +13,20 @@ from data_pipelines import DataConfig, Pipeline, check_files, open_pipeline, ope
 from data_pipelines.decoding.choice import dali_installed
 from data_pipelines.verifying import count, verify
 from tests.data_pipelines import cutting
-from tests.data_pipelines.forms import write_shards
+from tests.data_pipelines.forms import write_arrow, write_parquet, write_shards
 
 _FORMS: dict[str, Callable[[Path, Path], Any]] = {
     "image_folder": lambda photos, to: shutil.copytree(photos, to),
     "webdataset": write_shards,
+    "hub": write_parquet,
+    "hub, saved": write_arrow,
 }
 _DECODERS = ["torchvision", *(["cpu"] if dali_installed() else [])]
 
 
 def _config(root: Path, form: str, decoder: str = "torchvision", **options: Any) -> DataConfig:
     values = {"global_batch": 8, "image": {"size": 32, "resize": 36}, "max_bad": 0.5} | options
-    return DataConfig(dataset=form, root=root, decoding={"decoder": decoder, "threads": 2}, **values)
+    return DataConfig(dataset=form.partition(",")[0], root=root, decoding={"decoder": decoder, "threads": 2}, **values)
 
 
 def _open(root: Path, form: str, decoder: str = "torchvision", **options: Any) -> Pipeline:
@@ -103,6 +105,8 @@ def test_a_sample_that_cannot_be_decoded_is_replaced_and_named(tmp_path: Path, f
     place = {
         "image_folder": "form/train/n001/02.JPEG",
         "webdataset": "form/train/train-000001.tar!n001_02.jpeg",
+        "hub": "form/data/train-00001-of-00002.parquet!row 0",
+        "hub, saved": "form/train!row 5",
     }[form]
     assert (told.split, told.path) == ("train", str(tmp_path / place))
     pipeline.close()

@@ -224,7 +224,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "unknown_data_set": (
         "data.dataset=cifar-10",
         "data.dataset = 'cifar-10': expected one of fashion_mnist_subset, fashion_mnist, cifar10, cifar100, "
-        "image_folder; did you mean 'cifar10'?",
+        "npz, image_folder, webdataset, hub; did you mean 'cifar10'?",
     ),
     "no_root": ("data={dataset: cifar10, global_batch: 8}", "data.root: expected the folder of cifar10, found none"),
     "missing_root": (
@@ -241,13 +241,14 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     ),
     "key_of_another_data_set": (
         "data.decoding.threads=3",
-        "data.decoding.threads: 3 has no meaning for dataset fashion_mnist; it belongs to image_folder",
+        "data.decoding.threads: 3 has no meaning for dataset fashion_mnist; it belongs to image_folder, "
+        "webdataset and hub",
     ),
     "misspelt_data_key": (
         "data.paddng=3",
-        "data.paddng = 3: unknown key; did you mean 'augmentation.padding'?; data has: augmentation, dataset, "
-        "decoding, global_batch, held_out, image, images_per_class, max_bad, mean, on_error, repeats, root, sampler, "
-        "std, views",
+        "data.paddng = 3: unknown key; did you mean 'augmentation.padding'?; data has: augmentation, cache, "
+        "class_weights, classes, dataset, decoding, fraction, global_batch, held_out, image, images_per_class, "
+        "label_column, links, max_bad, mean, on_error, repeats, root, sampler, shape, std, val_labels, val_root, views",
     ),
     "misspelt_key_of_a_section_in_a_section": (
         "data.augmentation.paddng=3",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from data_pipelines.sources.standard_sets import STANDARD
+from data_pipelines.sources.sections import DataSet
 from engine.config import ConfigError
 from engine.config.loading import describe, dump, load, validate
 
@@ -245,6 +245,9 @@ DATA: dict[str, dict[str, Any]] = {
     "fashion_mnist": {"root": "~/fashion", "global_batch": 128, "mean": [0.1], "std": [0.2]},
     "cifar10": {"root": "/data/cifar", "global_batch": 128},
     "cifar100": {"root": "relative/cifar", "global_batch": 128},
+    "npz": {"root": "/data/a.npz", "global_batch": 8, "shape": [32, 3], "mean": [0.5] * 3, "std": [0.2] * 3},
+    "webdataset": {"root": "/data/shards", "global_batch": 8, "val_labels": "labels.txt", "links": "anywhere"},
+    "hub": {"root": "/data/hub", "global_batch": 8, "label_column": "fine_label", "cache": "~/cache"},
     "image_folder": {
         "root": "/data/imagenet",
         "global_batch": 256,
@@ -256,7 +259,7 @@ DATA: dict[str, dict[str, Any]] = {
 
 
 def test_every_data_set_is_dumped_below() -> None:
-    assert set(DATA) == {*STANDARD, "image_folder"}
+    assert set(DATA) == set(get_args(DataSet))
 
 
 @pytest.mark.parametrize("dataset", DATA)
