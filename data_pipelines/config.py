@@ -1,8 +1,7 @@
 """What a run says about its data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import reduce
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -17,12 +16,8 @@ from pydantic import (
 from data_pipelines.augmentation.sections import Augmentations
 from data_pipelines.augmentation.spatial import BLUR
 from data_pipelines.keys import AnyPath, Only, Section
-from data_pipelines.sources import npz
 from data_pipelines.sources.sections import OF_PHOTOS, SourceConfig
 from data_pipelines.sources.standard_sets import STANDARD
-
-# The constants of torchvision and timm.
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 MOVED = {
     "padding": ("augmentation", "padding"),
@@ -179,30 +174,9 @@ class DataConfig(SourceConfig):
         "images: balanced (as the inverse of the number of images), a list in the order of the classes, or a file with "
         "a line CLASS WEIGHT for each; null: all alike.",
     )
-    mean: list[float] | None = Field(
-        default=None, description="Mean of each channel, pixels in [0, 1]; null for the data set's published constants."
-    )
-    std: list[float] | None = Field(
-        default=None,
-        description="Standard deviation of each channel, like mean; null for the data set's published constants.",
-    )
     image: ImageConfig = ImageConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     decoding: DecodingConfig = DecodingConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_the_file_says(cls, values: Any) -> Any:
-        """What is in an array's file, and a config does not say, stands in the config from now on."""
-        if not isinstance(values, Mapping) or values.get("dataset") != "npz" or not values.get("root"):
-            return values
-        root, found = Path(values["root"]).expanduser(), dict(values)
-        if found.get("shape") is None:
-            found["shape"] = npz.described(root)
-        constants = [key for key in ("mean", "std") if found.get(key) is None]
-        if constants:
-            found |= {key: value for key, value in npz.statistics(root).items() if key in constants}
-        return found
 
     @model_validator(mode="after")
     def _cross_check(self) -> "DataConfig":
@@ -316,30 +290,7 @@ class DataConfig(SourceConfig):
     @property
     def side(self) -> int:
         """Side of the images a network sees, in pixels."""
-        return self.image.size if self.photos else self._small[0]
-
-    @property
-    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Mean and standard deviation of each channel, of pixels scaled to [0, 1]."""
-        standard = STANDARD.get(self.dataset)
-        mean, std = (standard.mean, standard.std) if standard else _IMAGENET
-        return self.mean or mean, self.std or std
-
-    @property
-    def _small(self) -> tuple[int, int]:
-        """Side and channels of images that are all alike."""
-        standard = STANDARD.get(self.dataset)
-        return (standard.side, standard.channels) if standard else self.shape or (0, 0)
-
-    @property
-    def num_classes(self) -> int | None:
-        """Classes of the data set; None where only its files say."""
-        return len(STANDARD[self.dataset].class_names) if self.dataset in STANDARD else None
-
-    @property
-    def channels(self) -> int:
-        """Channels of an image."""
-        return 3 if self.photos else self._small[1]
+        return self.image.size if self.photos else self.small[0]
 
 
 def _conditional(model: type[BaseModel]) -> list[tuple[tuple[str, ...], Only]]:

@@ -1,12 +1,18 @@
 """What a run says about where its data lie, and in which form."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict
+from pydantic import Field, Strict, model_validator
 
 from data_pipelines.keys import AnyPath, Only, Section
+from data_pipelines.sources import npz
+from data_pipelines.sources.standard_sets import STANDARD
+
+# The constants of torchvision and timm.
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 PHOTOS = ("image_folder", "webdataset", "hub")
 """The data sets of encoded photos of any size, which are decoded as they are shown."""
@@ -87,6 +93,14 @@ class SourceConfig(Section):
         ".cohort in its own folder, or ~/.cache/cohort where that cannot be written to (photos).",
     )
 
+    mean: list[float] | None = Field(
+        default=None, description="Mean of each channel, pixels in [0, 1]; null for the data set's published constants."
+    )
+    std: list[float] | None = Field(
+        default=None,
+        description="Standard deviation of each channel, like mean; null for the data set's published constants.",
+    )
+
     @property
     def folder(self) -> Path:
         """The folder of the data set, ~ expanded; the package's own for fashion_mnist_subset."""
@@ -103,3 +117,44 @@ class SourceConfig(Section):
         named = {key: getattr(self, key) for key in ("val_root", "val_labels", "classes", "cache")}
         paths = {key: path and path.expanduser() for key, path in named.items()}
         return Where(self.dataset, self.folder, links=self.links, label_column=self.label_column, **paths)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_file_says(cls, values: Any) -> Any:
+        """What is in an array's file, and a config does not say, stands in the config from now on."""
+        if (
+            not isinstance(values, Mapping)
+            or values.get("dataset") != "npz"
+            or not isinstance(values.get("root"), str | Path)
+        ):
+            return values
+        root, found = Path(values["root"]).expanduser(), dict(values)
+        if found.get("shape") is None:
+            found["shape"] = npz.described(root)
+        constants = [key for key in ("mean", "std") if found.get(key) is None]
+        if constants:
+            found |= {key: value for key, value in npz.statistics(root).items() if key in constants}
+        return found
+
+    @property
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation of each channel, of pixels scaled to [0, 1]."""
+        standard = STANDARD.get(self.dataset)
+        mean, std = (standard.mean, standard.std) if standard else _IMAGENET
+        return self.mean or mean, self.std or std
+
+    @property
+    def small(self) -> tuple[int, int]:
+        """Side and channels of images that are all alike."""
+        standard = STANDARD.get(self.dataset)
+        return (standard.side, standard.channels) if standard else self.shape or (0, 0)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the data set; None where only its files say."""
+        return len(STANDARD[self.dataset].class_names) if self.dataset in STANDARD else None
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return 3 if self.photos else self.small[1]
