@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import json
 import os
 import random
+import re
 import resource
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
+from engine.config.loading import load
+from engine.files import write_bytes, write_json
 from engine.safety import checkpoint, loading
-from launch.torture.gang import Gang, UnexpectedError
+from launch.torture.gang import PATIENCE, Gang, UnexpectedError, refusal
 
 FULL = 30_000
 """Bytes beyond which no file grows on a full disk: less than a checkpoint's, more than what one gang says."""
@@ -41,10 +47,14 @@ class Kind:
     Raises: UnexpectedError, where they did not take it as they must."""
     heals: bool = False
     """Whether torchrun starts all ranks again by itself."""
+    passes: bool = False
+    """Whether the run trains on as if nothing had been."""
     company: bool = False
     """Whether it needs two ranks."""
-    spoils: Callable[[Path, random.Random], tuple[str, str]] | None = None
-    """What is then done to the run's files. Returns: what, and what the next start must say of it."""
+    spoils: Callable[[Gang, random.Random], tuple[str, str]] | None = None
+    """What is done next, where all are gone. Returns: what, and what the next start must say of it."""
+    returns: Callable[[Gang], str] | None = None
+    """What becomes of the gang that was struck when the next one trains. Returns: that, in words."""
 
 
 def _blow(gang: Gang, target: str) -> Blow:
@@ -92,15 +102,32 @@ def _signal_a_rank(gang: Gang, rng: random.Random) -> Blow:
     return _saved(gang, blow, signal.SIGUSR1, code=0)
 
 
-def _saved(gang: Gang, blow: Blow, number: signal.Signals, code: int) -> Blow:
+def _saved(gang: Gang, blow: Blow, number: signal.Signals | None, code: int) -> Blow:
+    """After one signal, or, with None, some: the step is saved, and all have ended."""
+    name = number.name if number else "signals"
     if gang.end() != code:
-        raise UnexpectedError(f"torchrun ended with {gang.agent.returncode} after {number.name}, expected {code}")
+        raise UnexpectedError(f"torchrun ended with {gang.agent.returncode} after {name}, expected {code}")
     _gone(gang, "the end of all ranks")
     step, (newest, _) = gang.step(), loading.newest(gang.run)
-    if f"signal {number.name} at step {step}: saved" not in gang.said() or newest is None or newest.step != step:
-        raise UnexpectedError(f"step {step} is not saved, or not said to be, after {number.name}")
+    said = re.search(rf"signal {number.name if number else '[A-Z0-9]+'} at step {step}: saved", gang.said())
+    if not said or newest is None or newest.step != step:
+        raise UnexpectedError(f"step {step} is not saved, or not said to be, after {name}")
     blow.found = f"saved step {step}"
     return blow
+
+
+def _storm(gang: Gang, rng: random.Random) -> Blow:
+    workers = gang.workers().values()
+    blow = _blow(gang, "all")
+    while gang.agent.poll() is None:
+        for process in workers:
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+        if time.monotonic() - blow.moment > PATIENCE:
+            raise UnexpectedError(f"no end within {PATIENCE:.0f} s of signals")
+        time.sleep(0.01)
+    return _saved(gang, blow, None, code=0)
 
 
 def _stop_a_rank(gang: Gang, rng: random.Random) -> Blow:
@@ -147,10 +174,15 @@ def _kill_torchrun(gang: Gang, rng: random.Random) -> Blow:
     return blow
 
 
+def _limit(gang: Gang, size: int) -> None:
+    for process in gang.workers().values():
+        _, most = resource.prlimit(process, resource.RLIMIT_FSIZE)
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (size, most))
+
+
 def _fill_the_disk(gang: Gang, rng: random.Random) -> Blow:
     step = gang.step()
-    for process in gang.workers().values():
-        resource.prlimit(process, resource.RLIMIT_FSIZE, (FULL, FULL))
+    _limit(gang, FULL)
     gang.wait_until(
         lambda: gang.said().count("not written: ") >= 2, f"the word that two checkpoints after step {step} fail"
     )
@@ -160,7 +192,98 @@ def _fill_the_disk(gang: Gang, rng: random.Random) -> Blow:
     return blow
 
 
-def _damage(run: Path, rng: random.Random) -> tuple[str, str]:
+def _fill_the_disk_at_the_end(gang: Gang, rng: random.Random) -> Blow:
+    rank, process = _worker(gang, rng)
+    _limit(gang, FULL)
+    blow = _blow(gang, f"rank {rank}")
+    os.kill(process, signal.SIGTERM)
+    # A checkpoint of before the signal may fail as well: the last one says that nothing is trained after it.
+    gang.wait_until(lambda: "nothing is trained after it" in gang.said(), "the word that the last save has failed")
+    if rng.random() < 0.5:
+        _limit(gang, resource.RLIM_INFINITY)
+        blow = _saved(gang, blow, signal.SIGTERM, code=0)
+        blow.found += " when there was room"
+        return blow
+    if gang.end() != 1 or "NOT saved" not in gang.said() or "exitcode  : 3" not in gang.said():
+        raise UnexpectedError(f"a last step that was not saved ended with {gang.agent.returncode}, expected 1 and 3")
+    _gone(gang, "the end of all ranks")
+    blow.found = "not saved, and said so"
+    return blow
+
+
+def _start_a_second(gang: Gang, rng: random.Random) -> Blow:
+    arguments = rng.choice([(), ("--fresh",)])
+    blow = _blow(gang, "folder")
+    workers = gang.workers().values()
+    with ThreadPoolExecutor(1) as thread:
+        second = thread.submit(refusal, gang.config, *arguments)
+        while not second.done():  # In small steps: the run would be over by then.
+            for number, seconds in ((signal.SIGSTOP, 0.5), (signal.SIGCONT, 0.05)):
+                for process in workers:
+                    os.kill(process, number)
+                time.sleep(seconds)
+    said = second.result()
+    if "is in use by process" not in said:
+        raise UnexpectedError(f"a second start was refused for another reason: {said[-2000:]}")
+    blow.found = f"refused {' '.join(arguments)}"
+    return blow
+
+
+def _cut_off(gang: Gang, rng: random.Random) -> Blow:
+    """All are stopped, and the owner's file tells of another machine, on which nobody can see whether they live."""
+    owner = max((gang.run / "owner").glob("[0-9]*"), key=lambda path: int(path.name))
+    write_json(owner, {**json.loads(owner.read_text()), "boot": "another machine", "host": "elsewhere"})
+    workers = gang.workers()
+    blow = _blow(gang, "all")
+    for process in (gang.agent.pid, *workers.values()):
+        os.kill(process, signal.SIGSTOP)
+    return blow
+
+
+def _come_back(gang: Gang) -> str:
+    begin = time.monotonic()
+    for process in (*gang.workers().values(), gang.agent.pid):
+        os.kill(process, signal.SIGCONT)
+    if gang.end() == 0:
+        raise UnexpectedError("a run whose folder was taken over ended with 0")
+    _gone(gang, "the end of ranks whose folder was taken over")
+    said = gang.said()
+    why = next((why for why in ("has taken this folder over", "RankLostError") if why in said), None)
+    if why is None:
+        raise UnexpectedError("a run whose folder was taken over did not say so")
+    return f"came back, ended within {time.monotonic() - begin:.1f} s: {why}"
+
+
+def _change_the_data(gang: Gang, rng: random.Random) -> tuple[str, str]:
+    path = load(gang.config).data.folder / "train-labels-idx1-ubyte.gz"
+    whole = path.read_bytes()
+    labels = bytearray(gzip.decompress(whole))
+    place = rng.randrange(8, len(labels))
+    labels[place] = (labels[place] + 1) % 10
+    write_bytes(path, gzip.compress(bytes(labels)))
+    try:
+        said = refusal(gang.config)
+    finally:
+        write_bytes(path, whole)
+    if "data: train labels: " not in said:
+        raise UnexpectedError(f"a run with another label was refused for another reason: {said[-2000:]}")
+    return "another label refused", ""
+
+
+def _skew_the_ranks(gang: Gang, rng: random.Random) -> tuple[str, str]:
+    skew = rng.choice(["optimizer.lr=0.04", "evaluation.every_epochs=3", "train.clip_norm=1", "seed=5"])
+    skewed = Gang(gang.config, max(2, gang.ranks), 0, gang.output.with_suffix(".skewed.log"), skew)
+    try:
+        code, said = skewed.end(), skewed.said()
+    finally:
+        skewed.kill()
+    if code == 0 or f"{skew.partition('=')[0]}" not in said.partition("error: ")[2]:
+        raise UnexpectedError(f"ranks that differ in {skew} ended with {code}; see {skewed.output}")
+    return f"{skew} on one rank refused", ""
+
+
+def _damage(gang: Gang, rng: random.Random) -> tuple[str, str]:
+    run = gang.run
     folder = checkpoint.folder_of(run, checkpoint.steps_on_disk(run)[-1])
     file = rng.choice(sorted(folder.iterdir()))
     content = bytearray(file.read_bytes())
@@ -174,9 +297,10 @@ def _damage(run: Path, rng: random.Random) -> tuple[str, str]:
     return f"{what} {folder.name}/{file.name}", f"not used: {folder}"
 
 
-def _half_a_line(run: Path, rng: random.Random) -> tuple[str, str]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+def _half_a_line(gang: Gang, rng: random.Random) -> tuple[str, str]:
+    path = gang.run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    with path.open("a", encoding="utf-8") as file:
         file.write(lines[-1][: rng.randrange(1, len(lines[-1]))])
     return "half a line written", ""
 
@@ -192,4 +316,10 @@ KINDS = (
     Kind("full disk", _fill_the_disk),
     Kind("damage", _kill_all, spoils=_damage),
     Kind("half a line", _kill_all, spoils=_half_a_line),
+    Kind("signal storm", _storm),
+    Kind("full disk at the end", _fill_the_disk_at_the_end),
+    Kind("second start", _start_a_second, passes=True),
+    Kind("cut off", _cut_off, returns=_come_back),
+    Kind("other data", _kill_all, spoils=_change_the_data),
+    Kind("skewed ranks", _kill_all, spoils=_skew_the_ranks),
 )

@@ -17,6 +17,15 @@ come with Cohort, 100 steps an epoch, with a line of metrics every step and a ch
     full disk             no file can grow (RLIMIT_FSIZE): training must go on and say so; then all are killed
     damage                all are killed, and a file of the newest checkpoint is cut short or has a bit turned
     half a line           all are killed, and metrics.jsonl ends in the middle of a line
+    signal storm          SIGUSR1, SIGTERM and SIGHUP to all ranks, every 10 ms until they have ended: the step is saved
+    full disk at the end  a signal, and no room for the checkpoint: said, with exit code 3; or saved once there is room
+    second start          of the same run, with --fresh or without: refused, and the first trains on
+    cut off               all stop, as if on a machine that nobody sees; the next start takes over after 30 s; then they
+                          go on, find that they have lost the folder, and must end without writing
+    other data            all are killed, a label is changed: refused; then it is as it was
+    skewed ranks          all are killed, one rank is given another value of the config: refused
+
+With --folder a campaign that was ended, by Ctrl-C too, goes on where it was if the same command is given again.
 
 Each comes up once before any comes up again. After each one the lines of metrics must be those of the undisturbed run,
 without gap or repeat, and every checkpoint whole but the one that was damaged.
@@ -32,6 +41,7 @@ of ranks changes they are small transformers, and slow learners: rounding grows 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import re
@@ -40,25 +50,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from data_pipelines import open_pipeline
+from data_pipelines.config import DataConfig
 from engine.config import ConfigError, RunConfig
 from engine.config.loading import dump, validate
+from engine.files import write_json
 from engine.ranks.collectives import Launch
-from engine.reporting.tracking import read_metrics
-from engine.safety import checkpoint, loading
-from engine.safety.checkpoint import CheckpointError
+from engine.safety import loading
 from launch.entry import parser, user_errors
 from launch.torture.disturbances import KINDS, Kind
-from launch.torture.gang import Gang, UnexpectedError
+from launch.torture.gang import PATIENCE, Gang, UnexpectedError
+from launch.torture.verdicts import damaged, problems_at_rest, verdicts
 
 EPILOG = "Exit codes: 0 all is as if nothing had happened, 1 something is not, 2 a mistake in the command line."
 
@@ -68,12 +74,7 @@ EVERY = 10
 STEPS_PER_EPOCH = 100
 """12,000 images in batches of 120, which 1 to 4 ranks divide."""
 
-WEIGHTS, MOMENTS, LINES = 1e-5, 1e-4, 1e-3
-"""Relative tolerances where the number of ranks changes. A gradient near an optimum is a small difference of large
-numbers, and so is the divergence of peers that agree."""
-
-COUNTED, IMAGES = ("top1", "top5", "disagreement"), 0.11
-"""There, figures that count images may differ by so many percent: two of 2,000, whose two best classes are as near."""
+SUBSET = DataConfig(dataset="fashion_mnist_subset", global_batch=1).folder
 
 
 def main() -> None:
@@ -89,14 +90,21 @@ def main() -> None:
         help="numbers of ranks, of 1 to 4, that starts are drawn from; the undisturbed run has the first (default: 3)",
     )
     arguments.add_argument("--seed", type=int, default=0, help="of kinds, ranks and moments (default: 0)")
-    arguments.add_argument("--folder", type=Path, help="new, for both runs; a temporary one, removed if all is well")
+    arguments.add_argument(
+        "--folder",
+        type=Path,
+        help="of both runs: new, or of the same command before, which goes on (default: removed if all is well)",
+    )
     arguments.add_argument("--keep-going", action="store_true", help="do not end at the first thing that is wrong")
     options = arguments.parse_args()
     with user_errors(Launch.from_environment()):
         if max(options.ranks) > 4:
             raise ConfigError(f"--ranks {max(options.ranks)}: expected 1 to 4, which divide the batch of 120 images")
-        if options.folder and options.folder.exists():
-            raise ConfigError(f"--folder {options.folder}: is there already; expected a new one")
+        if options.folder and options.folder.exists() and _Progress.read(options.folder, _asked(options)) is None:
+            raise ConfigError(
+                f"--folder {options.folder}: is there already; expected a new one, or that of a campaign with the same "
+                "--kills, --ranks and --seed"
+            )
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="torture-"))).absolute()
     wrong = torture(options, folder)
     if options.folder is None and not wrong:
@@ -126,7 +134,7 @@ def the_run(folder: Path, name: str, ranks: list[int], kills: int) -> RunConfig:
             "device": "cpu",
             "method": {"name": "dml"},
             "peers": [{**network, "name": "peer", "copies": 3}],
-            "data": {"dataset": "fashion_mnist_subset", "global_batch": 120},
+            "data": {"dataset": "fashion_mnist", "root": str(folder / "data"), "global_batch": 120},
             "train": {"epochs": 1 + math.ceil(kills / 5), "ema_decay": 0.9, "timeout": 15.0},
             "optimizer": {"lr": 0.05 if len(set(ranks)) == 1 else 0.005},
             "checkpoint": {"every_steps": EVERY},
@@ -138,47 +146,83 @@ def the_run(folder: Path, name: str, ranks: list[int], kills: int) -> RunConfig:
 # -- the campaign -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Findings:
-    """What is wrong, and the seconds until the first step after each disturbance of a kind."""
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for a campaign to go on."""
+    return {"kills": options.kills, "ranks": options.ranks, "seed": options.seed}
 
-    wrong: list[str] = field(default_factory=list)
+
+@dataclass
+class _Progress:
+    """How far a campaign has come."""
+
+    asked: dict[str, Any]
+    undisturbed: bool = False
+    """Whether the run to compare with has come to its end."""
+    done: int = 0
+    """Disturbances."""
+    resumed: int = 0
+    """The step that the disturbed run went on from last."""
+    damaged: list[int] = field(default_factory=list)
+    """Steps of checkpoints that were damaged."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    complete: bool = False
-    """Whether the disturbed run came to its end."""
+    """Until the first step after each disturbance of a kind."""
+    wrong: list[str] = field(default_factory=list)
+    starts: int = 0
+
+    @classmethod
+    def read(cls, folder: Path, asked: dict[str, Any]) -> _Progress | None:
+        """That of a folder, None where it is not one of such a campaign."""
+        try:
+            found = cls(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        return found if found.asked == asked else None
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / "progress.json", asdict(self))
 
 
 def torture(options: argparse.Namespace, folder: Path) -> list[str]:
     """Trains both runs, and prints what happens. Returns: what is wrong."""
     runs = {name: the_run(folder, name, options.ranks, options.kills) for name in ("undisturbed", "disturbed")}
-    for name, config in runs.items():
-        (folder / name).mkdir(parents=True)
-        (folder / f"{name}.yaml").write_text(dump(config), encoding="utf-8")
-    exact = len(set(options.ranks)) == 1
-    print(
-        f"{options.kills} disturbances in {_steps(runs['disturbed'])} steps, seed {options.seed}; {folder}", flush=True
-    )
-
-    findings = Findings()
-    since = time.monotonic()
-    gang = Gang(folder / "undisturbed.yaml", options.ranks[0], 0, folder / "undisturbed.log")
+    progress = _Progress.read(folder, _asked(options))
+    if progress is None:
+        progress = _Progress(_asked(options))
+        shutil.copytree(SUBSET, folder / "data")
+        for name, config in runs.items():
+            (folder / f"{name}.yaml").write_text(dump(config), encoding="utf-8")
+        progress.write(folder)
+    exact, steps = len(set(options.ranks)) == 1, _steps(runs["disturbed"])
+    print(f"{options.kills} disturbances in {steps} steps, seed {options.seed}; {folder}", flush=True)
+    complete = False
     try:
-        if gang.end():
-            findings.wrong.append(f"the undisturbed run failed; see {folder / 'undisturbed.log'}")
-            return _told(findings.wrong)
+        if not progress.undisturbed:
+            _train_undisturbed(folder, options.ranks[0], steps, progress)
+        complete = _disturb(options, folder, steps, exact, progress)
+    except UnexpectedError as error:
+        progress.wrong.append(str(error))
+    print(_table(progress.seconds), flush=True)
+    if complete:
+        epochs = runs["disturbed"].train.epochs_of(STEPS_PER_EPOCH)
+        for claim, problem in verdicts(folder, runs["disturbed"], epochs, exact):
+            print(f"{'WRONG' if problem else 'ok':5}  {claim}", flush=True)
+            progress.wrong += [problem] if problem else []
+    return _told(progress.wrong)
+
+
+def _train_undisturbed(folder: Path, ranks: int, steps: int, progress: _Progress) -> None:
+    begin, run = time.monotonic(), folder / "undisturbed"
+    if run.exists():  # of a campaign that was ended
+        shutil.rmtree(run)
+    gang = Gang(folder / "undisturbed.yaml", ranks, 0, _log(folder, "undisturbed", progress))
+    try:
+        if code := gang.end(PATIENCE * (1 + steps // STEPS_PER_EPOCH)):
+            raise UnexpectedError(f"the undisturbed run ended with {code}; see {gang.output}")
     finally:
         gang.kill()
-    print(f"undisturbed on {gang.ranks} ranks: {time.monotonic() - since:.0f} s, its start included\n", flush=True)
-    try:
-        _disturb(options, folder, _steps(runs["disturbed"]), exact, findings)
-    except UnexpectedError as error:
-        findings.wrong.append(str(error))
-    print(f"\n{_table(findings)}\n")
-    if findings.complete:
-        for claim, problem in _verdicts(folder, runs["disturbed"], exact):
-            print(f"{'WRONG' if problem else 'ok':5}  {claim}", flush=True)
-            findings.wrong += [problem] if problem else []
-    return _told(findings.wrong)
+    progress.undisturbed = True
+    progress.write(folder)
+    print(f"undisturbed on {ranks}: {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def _told(wrong: list[str]) -> list[str]:
@@ -191,47 +235,59 @@ def _steps(config: RunConfig) -> int:
     return config.train.steps(STEPS_PER_EPOCH)
 
 
-def _disturb(options: argparse.Namespace, folder: Path, steps: int, exact: bool, findings: Findings) -> None:
-    """Trains the run that is disturbed to its end."""
-    rng = random.Random(options.seed)
-    deck = _dealt([kind for kind in KINDS if max(options.ranks) > 1 or not kind.company], options.kills, rng)
-    run, resumed, damaged = folder / "disturbed", 0, set[int]()
-    gang = _start(folder, 0, deck, options.ranks, rng)
+def _disturb(options: argparse.Namespace, folder: Path, steps: int, exact: bool, progress: _Progress) -> bool:
+    """Trains the run that is disturbed to its end, or to the first thing that is wrong. Returns: whether to its end."""
+    draw = random.Random(options.seed)
+    deck = _dealt([kind for kind in KINDS if max(options.ranks) > 1 or not kind.company], options.kills, draw)
+    moments = _moments(steps, options.kills, draw)
+    gang = _start(folder, deck[progress.done :], options, progress)
+    struck = gang
     try:
-        for number, (kind, moment) in enumerate(zip(deck, _moments(steps, options.kills, rng), strict=True), 1):
+        while progress.done < options.kills:
+            number, kind = progress.done + 1, deck[progress.done]
+            rng = random.Random(f"{options.seed} {number}")
             # A checkpoint after the one that it went on from: the run shall come to its end.
-            _wait_for_step(gang, max(moment, resumed + EVERY + 2))
+            _wait_for_step(gang, max(moments[progress.done], progress.resumed + EVERY + 2))
             time.sleep(rng.uniform(0, 0.1))
-            ranks, spoken, expected, must_say = gang.ranks, gang.spoken(), None, ""
-            problems: list[str] = []
-            blow = kind.strike(gang, rng)
-            if not kind.heals:
-                problems += _problems_at_rest(gang, folder, damaged, exact)
+            spoken, expected, must_say, problems = gang.spoken(), None, "", list[str]()
+            struck, blow = gang, kind.strike(gang, rng)
+            if not kind.heals and not kind.passes:
+                problems += problems_at_rest(gang, folder, progress.damaged, exact, still_there=bool(kind.returns))
                 if kind.spoils:
-                    blow.found, must_say = kind.spoils(run, rng)
-                newest, _ = loading.newest(run)
-                expected, damaged = newest and newest.step, set(_damaged(run))
-                gang, spoken = _start(folder, number, deck[number:], options.ranks, rng), 0
-            resumed = _going_on(gang, spoken)
+                    blow.found, must_say = kind.spoils(gang, rng)
+                newest, _ = loading.newest(gang.run)
+                expected, progress.damaged = newest and newest.step, list(damaged(gang.run))
+                gang, spoken = _start(folder, deck[number:], options, progress), 0
+            if kind.passes:
+                _wait_for_step(gang, gang.step() + 2)
+            else:
+                progress.resumed = _going_on(gang, spoken)
             took = time.monotonic() - blow.moment
-            findings.seconds.setdefault(kind.name, []).append(took)
-            if expected not in (None, resumed):
-                problems.append(f"it went on at step {resumed}, expected {expected}")
+            progress.seconds.setdefault(kind.name, []).append(took)
+            if kind.returns:
+                blow.found = kind.returns(struck)
+                _wait_for_step(gang, gang.step() + 2)
+            if expected not in (None, progress.resumed):
+                problems.append(f"it went on at step {progress.resumed}, expected {expected}")
             if must_say not in gang.said():
                 problems.append(f"it did not say {must_say!r}")
+            how = "trained on" if kind.passes else f"went on at {progress.resumed:4}"
             print(
-                f"{number:3}/{options.kills}  {kind.name:20}  {blow.target:8} of {ranks}  step {blow.step:4}  went on "
-                f"at {resumed:4} on {gang.ranks}  {took:5.1f} s  {'; '.join(filter(None, [blow.found, *problems]))}",
+                f"{number:3}/{options.kills}  {kind.name:20}  {blow.target:8} of {struck.ranks}  step {blow.step:4}  "
+                f"{how} on {gang.ranks}  {took:5.1f} s  {'; '.join(filter(None, [blow.found, *problems]))}",
                 flush=True,
             )
-            findings.wrong += [f"{number}, {kind.name}: {problem}" for problem in problems]
+            progress.wrong += [f"{number}, {kind.name}: {problem}" for problem in problems]
+            progress.done = number
+            progress.write(folder)
             if problems and not options.keep_going:
-                return
-        if code := gang.end():
-            raise UnexpectedError(f"the last start ended with {code}; see the last log in {folder}")
-        findings.complete = True
+                return False
+        if code := gang.end(PATIENCE * (1 + steps // STEPS_PER_EPOCH)):
+            raise UnexpectedError(f"the last start ended with {code}; see {gang.output}")
+        return True
     finally:
-        gang.kill()
+        for one in (struck, gang):
+            one.kill()
 
 
 def _moments(steps: int, count: int, rng: random.Random) -> list[int]:
@@ -248,12 +304,21 @@ def _dealt(kinds: list[Kind], count: int, rng: random.Random) -> list[Kind]:
     return dealt[:count]
 
 
-def _start(folder: Path, number: int, deck: list[Kind], ranks: list[int], rng: random.Random) -> Gang:
+def _start(folder: Path, deck: list[Kind], options: argparse.Namespace, progress: _Progress) -> Gang:
     """A gang that outlives the disturbances that torchrun answers by itself, and not one more."""
-    healing = list(takewhile(lambda kind: kind.heals, deck))
-    company = any(kind.company for kind in deck[: len(healing) + 1])
-    drawn = rng.choice([n for n in ranks if n > 1 or not company])
-    return Gang(folder / "disturbed.yaml", drawn, len(healing), folder / f"after_{number}.log")
+    endured = list(takewhile(lambda kind: kind.heals or kind.passes, deck))
+    company = any(kind.company for kind in deck[: len(endured) + 1])
+    rng = random.Random(f"{options.seed} {progress.starts}")
+    drawn = rng.choice([n for n in options.ranks if n > 1 or not company])
+    restarts = sum(kind.heals for kind in endured)
+    return Gang(folder / "disturbed.yaml", drawn, restarts, _log(folder, f"after_{progress.done}", progress))
+
+
+def _log(folder: Path, name: str, progress: _Progress) -> Path:
+    """A new file for what a start prints."""
+    progress.starts += 1
+    progress.write(folder)
+    return folder / f"{progress.starts:03}_{name}.log"
 
 
 def _wait_for_step(gang: Gang, step: int) -> None:
@@ -270,121 +335,12 @@ def _going_on(gang: Gang, since: int) -> int:
     return int(found[1])
 
 
-# -- what must hold ---------------------------------------------------------------------------------------------------
-
-
-def _problems_at_rest(gang: Gang, folder: Path, damaged: set[int], exact: bool) -> list[str]:
-    """What is wrong where all processes shall have ended."""
-    problems = [f"rank {rank} is still there" for rank in gang.workers()]
-    problems += [text for step, text in _damaged(gang.run).items() if step not in damaged]
-    difference = _difference(read_metrics(folder / "undisturbed"), read_metrics(gang.run), exact, so_far=True)
-    return problems + ([difference] if difference else [])
-
-
-def _damaged(run: Path) -> dict[int, str]:
-    """What is wrong with each checkpoint that is not whole."""
-    found = {}
-    for step in checkpoint.steps_on_disk(run):
-        try:
-            loading.verify(checkpoint.folder_of(run, step))
-        except CheckpointError as error:
-            found[step] = str(error)
-    return found
-
-
-def _difference(
-    wanted: list[dict[str, Any]], found: list[dict[str, Any]], exact: bool, so_far: bool = False
-) -> str | None:
-    """Of lines of metrics but for what a clock measured."""
-    if len(found) > len(wanted) or (len(found) < len(wanted) and not so_far):
-        return f"metrics.jsonl has {len(found)} lines, expected {len(wanted)}"
-    for number, (line, other) in enumerate(zip(found, wanted, strict=False), 1):
-        for key in ["step", *sorted(line.keys() | other.keys())]:
-            one, two = line.get(key), other.get(key)
-            if not key.startswith("speed/") and one != two and (exact or not _near(key, one, two)):
-                return f"metrics.jsonl, line {number}: {key} is {one}, expected {two}"
-    return None
-
-
-def _near(key: str, one: Any, two: Any) -> bool:
-    floats = isinstance(one, float) and isinstance(two, float)
-    return floats and math.isclose(one, two, rel_tol=LINES, abs_tol=IMAGES if key.endswith(COUNTED) else 1e-5)
-
-
-def _verdicts(folder: Path, config: RunConfig, exact: bool) -> Iterator[tuple[str, str | None]]:
-    """Each claim, and what is wrong with it."""
-    run, undisturbed = folder / "disturbed", folder / "undisturbed"
-    how = "equal to the last bit" if exact else f"equal to {WEIGHTS:g}, moments to {MOMENTS:g}"
-    yield (
-        f"weights, moments and averages of all peers: {how}",
-        _state_difference(_final(undisturbed), _final(run), exact),
-    )
-    lines = read_metrics(undisturbed)
-    how = "bit for bit" if exact else f"to {LINES:g}"
-    problem = _difference(lines, read_metrics(run), exact)
-    yield f"metrics.jsonl: {len(lines)} lines, no gap, no repeat, numbers equal {how}", problem
-    yield (
-        f"the order shows every sample once in each of {config.train.epochs_of(STEPS_PER_EPOCH)} epochs",
-        _repeats(config),
-    )
-    here, there = (sorted(path.name for path in (one / "checkpoints").iterdir()) for one in (run, undisturbed))
-    problem = None if here == there else f"checkpoints: {', '.join(here)}; expected {', '.join(there)}"
-    yield f"checkpoints: {', '.join(there)}, nothing left over", problem
-    yield "every checkpoint whole", next(iter(_damaged(run).values()), None)
-
-
-def _final(run: Path) -> dict[str, Any]:
-    """Everything in the newest checkpoint: `file/key/key` -> tensor or plain value."""
-    manifest, _ = loading.newest(run)
-    assert manifest
-    flat: dict[str, Any] = {"step": manifest.step, "best": manifest.best and manifest.best.step}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, dict | list | tuple):
-            for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-                walk(inner, f"{key}/{name}")
-        else:
-            flat[key] = value
-
-    for name in manifest.files:
-        walk(loading.read_state(checkpoint.folder_of(run, manifest.step), name), name)
-    return flat
-
-
-def _state_difference(wanted: dict[str, Any], found: dict[str, Any], exact: bool) -> str | None:
-    """Tensors may differ in norm to tolerance, other values not at all."""
-    for key in sorted(wanted.keys() | found.keys()):
-        one, two = found.get(key), wanted.get(key)
-        relative = 0.0 if exact else MOMENTS if "/optimizer/" in key else WEIGHTS
-        if isinstance(one, Tensor) and isinstance(two, Tensor) and one.shape == two.shape:
-            off = float((one.double() - two.double()).norm())
-            if off > relative * float(two.double().norm()) or (exact and not torch.equal(one, two)):
-                return f"{key}: off by {off:.1e} in norm"
-        elif isinstance(one, Tensor) or isinstance(two, Tensor) or one != two:
-            return f"{key}: {one} instead of {two}"
-    return None
-
-
-def _repeats(config: RunConfig) -> str | None:
-    """Samples that the order of an epoch shows twice or never."""
-    pipeline = open_pipeline(config.data, config.seed, torch.device("cpu"))
-    try:
-        for epoch in range(config.train.epochs_of(STEPS_PER_EPOCH)):
-            batches = pipeline.train(epoch, 0, slice(0, config.data.global_batch))
-            seen = torch.cat([batch.ids for batch in batches]).bincount(minlength=pipeline.train_size)
-            if not bool((seen == 1).all()):
-                return f"epoch {epoch}: {int((seen != 1).sum())} samples not seen exactly once"
-    finally:
-        pipeline.close()
-    return None
-
-
-def _table(findings: Findings) -> str:
+def _table(seconds: dict[str, list[float]]) -> str:
     lines = [f"{'disturbance':20}  times  seconds until the next step: median, longest"]
     for kind in KINDS:
-        if seconds := findings.seconds.get(kind.name):
-            lines.append(f"{kind.name:20}  {len(seconds):5}  {statistics.median(seconds):6.1f}  {max(seconds):6.1f}")
-    every = [second for seconds in findings.seconds.values() for second in seconds]
+        if took := seconds.get(kind.name):
+            lines.append(f"{kind.name:20}  {len(took):5}  {statistics.median(took):6.1f}  {max(took):6.1f}")
+    every = [second for took in seconds.values() for second in took]
     if every:
         lines.append(f"{'all':20}  {len(every):5}  {statistics.median(every):6.1f}  {max(every):6.1f}")
     return "\n".join(lines)

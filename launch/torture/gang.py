@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.config.loading import load
-from engine.reporting.tracking import read_metrics
 from launch.with_parent import end_with_parent
 
 ROOT = Path(__file__).parents[2]
+
+MARK = "COHORT_TORTURE"
+"""In the environment of the processes of a gang, to tell them from those of another one of the same run."""
+
+_LINE = 1 << 16
+"""Bytes that a line of metrics does not have."""
 
 PATIENCE = 300.0
 """Seconds after which what has not happened is taken for something that never will."""
@@ -32,17 +38,21 @@ class Gang:
         config: the run's YAML file, which names its folder; no other gang may have the same.
         restarts: how often torchrun starts all ranks again if one fails.
         output: a new file, for what all of them print.
+        skew: a value of the config, such as optimizer.lr=0.1, that the last rank alone is given.
     """
 
-    def __init__(self, config: Path, ranks: int, restarts: int, output: Path) -> None:
+    def __init__(self, config: Path, ranks: int, restarts: int, output: Path, skew: str = "") -> None:
         self.config, self.ranks, self.run = config.absolute(), ranks, load(config).folder
-        self._output = output
+        self.output = output
+        train = (str(ROOT / "launch/train.py"), str(self.config))
+        unlike = f'exec "$@" $([ $RANK = {ranks - 1} ] && echo "{skew}")'
+        command = ("--no-python", "bash", "-c", unlike, "bash", sys.executable, *train) if skew else train
         with output.open("xb") as file:
             self.agent = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
                     *(f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"),
-                    *("launch/train.py", str(self.config)),
+                    *command,
                 ],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
@@ -50,7 +60,7 @@ class Gang:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=end_with_parent,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", MARK: str(output)},
             )
 
     def workers(self) -> dict[int, int]:
@@ -58,11 +68,11 @@ class Gang:
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, ValueError):  # ended meanwhile, or somebody else's
-                command = (folder / "cmdline").read_bytes().split(b"\0")
-                if b"launch/train.py" in command and str(self.config).encode() in command:
+                command = (folder / "cmdline").read_bytes()
+                if b"launch/train.py\0" in command and str(self.config).encode() in command.split(b"\0"):
                     entries = (folder / "environ").read_bytes().split(b"\0")
                     environment = dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
-                    if b"RANK" in environment:
+                    if b"RANK" in environment and environment.get(MARK.encode()) == str(self.output).encode():
                         found[int(environment[b"RANK"])] = int(folder.name)
         return found
 
@@ -78,34 +88,69 @@ class Gang:
 
     def said(self, since: int = 0) -> str:
         """What the gang has printed, from a number of bytes on."""
-        return self._output.read_bytes()[since:].decode(errors="replace")
+        return self.output.read_bytes()[since:].decode(errors="replace")
 
     def spoken(self) -> int:
         """How many bytes the gang has printed."""
-        return self._output.stat().st_size
+        return self.output.stat().st_size
 
     def step(self) -> int:
         """The last step in the run's metrics."""
-        return max((line["step"] for line in read_metrics(self.run)), default=0)
+        with contextlib.suppress(FileNotFoundError), (self.run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LINE))
+            for line in reversed(file.read().split(b"\n")):
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    return int(json.loads(line)["step"])
+        return 0
 
-    def wait_until(self, due: Callable[[], object], what: str, *, alive: bool = True) -> None:
+    def wait_until(
+        self, due: Callable[[], object], what: str, *, alive: bool = True, patience: float = PATIENCE
+    ) -> None:
         """Returns as soon as something is due.
 
         Args:
             alive: torchrun must not end before.
+            patience: seconds, at most.
 
         Raises:
             UnexpectedError: it did, or what is waited for does not come.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while not due():
             if alive and self.agent.poll() is not None and not due():
-                raise UnexpectedError(f"torchrun ended with {self.agent.returncode} before {what}; see {self._output}")
+                raise UnexpectedError(f"torchrun ended with {self.agent.returncode} before {what}; see {self.output}")
             if time.monotonic() > deadline:
-                raise UnexpectedError(f"{what} did not come within {PATIENCE:.0f} s; see {self._output}")
+                raise UnexpectedError(f"{what} did not come within {patience:.0f} s; see {self.output}")
             time.sleep(0.002)
 
-    def end(self) -> int:
+    def end(self, patience: float = PATIENCE) -> int:
         """Waits until torchrun has ended. Returns: its exit code."""
-        self.wait_until(lambda: self.agent.poll() is not None, "the end of torchrun", alive=False)
+        self.wait_until(lambda: self.agent.poll() is not None, "the end of torchrun", alive=False, patience=patience)
         return self.agent.wait()
+
+
+def refusal(config: Path, *arguments: str) -> str:
+    """Starts a run that must be refused, as a process alone. Returns: what it printed.
+
+    Raises:
+        UnexpectedError: it was not.
+    """
+    command = [sys.executable, "launch/train.py", str(config), *arguments]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=end_with_parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = f"nothing within {PATIENCE:.0f} s"
+    if process.returncode != 2:
+        raise UnexpectedError(f"a start that must be refused ended with {process.returncode}: {said[-2000:]}")
+    return said
