@@ -9,20 +9,22 @@ import os
 import platform
 import subprocess
 import sys
-import uuid
+import threading
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from engine.config import RunConfig
 from engine.config.identity import changes
-from engine.config.loading import dump, dump_anywhere
+from engine.config.loading import dump_anywhere
 from engine.files import write_json, write_text
 from engine.ranks.placement import Placement
+from engine.reporting.aside import Aside
+from engine.reporting.console import Stderr
+from engine.reporting.wandb_run import WandbRun
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "wandb", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "pydantic")
 
@@ -129,31 +131,67 @@ def _version(package: str) -> str | None:
         return None
 
 
-class _Stderr:
-    """stderr; what it does not take is lost: the log of a job may lie on the disk that is full."""
+class MetricsFile:
+    """The file of metrics. A thread writes what it is given: at once, unless the disk is slow, or full."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+    def __init__(self, path: Path, step: int, check: Callable[[], None], say: Callable[[str], None]) -> None:
+        self._path, self._check, self._say = path, check, say
+        self._size = len(_cut_after(path, step))
+        self._unwritten, self._refusal, self._lock = "", "", threading.Lock()
+        self._aside = Aside("metrics", 1)
 
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
+    def add(self, line: str) -> None:
+        """Has a line written, and waits for nothing."""
+        with self._lock:
+            self._unwritten += line
+        self._aside.do(self._write)  # or one that has not begun will write this line too
 
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
+    def catch_up(self) -> str | None:
+        """Waits until all lines are on disk. Returns: None, or which file does not take them, and why; they wait on."""
+        self._aside.do(self._write)
+        self._aside.wait()
+        return self._refusal or None
+
+    def close(self) -> None:
+        """Waits likewise, for the last time."""
+        if refusal := self.catch_up():
+            self._say(f"{refusal}; the last lines of metrics are lost")
+        self._aside.end()
+
+    def _write(self) -> None:
+        text, waiting = self._unwritten, bool(self._refusal)
+        self._refusal = ""
+        if not text:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                # After opening: a successor puts another file in the place of this one.
+                self._check()
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, self._size)  # A full disk takes a part of a line.
+            self._refusal = f"{self._path}: {error.strerror or error}"
+            if not waiting:
+                self._say(f"{self._refusal}; the lines of metrics wait in memory, training goes on")
+            return
+        self._size += len(text)
+        with self._lock:
+            self._unwritten = self._unwritten[len(text) :]
 
 
 class Tracker:
-    """Writes what a run measures. A step is written once: what a killed run wrote after its checkpoint goes aside."""
+    """Writes what a run measures. A step is written once: what a killed run wrote after its checkpoint goes aside.
+
+    Nothing of it holds training up: lines are written, wandb is told and texts are printed by threads.
+    """
 
     def __init__(self, config: RunConfig, step: int, steps: int, check: Callable[[], None] = lambda: None) -> None:
-        self._path, self._check = config.folder / "metrics.jsonl", check
-        text = _cut_after(self._path, step)
-        self._size, self._unwritten = len(text), ""
-        self._wandb = _start_wandb(config, step)
+        self._file = MetricsFile(config.folder / "metrics.jsonl", step, check, self.say)
         self._exit_code = 0
-        self._stderr = _Stderr()
+        self._stderr = Stderr()
         self._epochs = None if config.train.max_steps else config.train.epochs
         self._shown = dict[str, str]()
         self._bar = tqdm(
@@ -167,43 +205,21 @@ class Tracker:
             # A log file is read later: a line now and then is enough there.
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )
+        self._wandb = WandbRun(config, self.say) if config.log.wandb != "disabled" else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Keeps one line of metrics, on disk before this returns, unless the disk is full: then it waits in memory for
-        the next line or `catch_up`. Numbers that are not finite become null."""
+        """Keeps one line of metrics. Numbers that are not finite become null."""
         line = {"step": step} | {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        waiting = bool(self._unwritten)
-        self._unwritten += json.dumps(line) + "\n"
-        if (refusal := self.catch_up()) and not waiting:
-            self.say(f"{refusal}; the lines of metrics wait in memory, training goes on")
-        if self._wandb is not None:
-            try:
-                self._wandb.log(line | {"step": step})
-            except Exception as error:  # wandb is a sink: whatever it raises, training goes on.
-                self.say(f"wandb: {error}; going on without it, metrics are in {self._path}")
-                self._wandb = None
+        self._file.add(json.dumps(line) + "\n")
+        if self._wandb:
+            self._wandb.write(line)
 
     def catch_up(self) -> str | None:
-        """Writes what the disk has not taken yet. Returns: None, or which file it still does not take, and why."""
-        if not self._unwritten:
-            return None
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                # After opening: a successor puts another file in the place of this one.
-                self._check()
-                file.write(self._unwritten)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self._path, self._size)  # A full disk takes a part of a line.
-            return f"{self._path}: {error.strerror or error}"
-        self._size += len(self._unwritten)
-        self._unwritten = ""
-        return None
+        """As `MetricsFile.catch_up`."""
+        return self._file.catch_up()
 
     def progress(self, step: int, **shown: str) -> None:
         """Moves the bar; what a line of metrics has shown stays there until the next, beside the epoch where the run
@@ -221,31 +237,22 @@ class Tracker:
     def alert(self, title: str, text: str) -> None:
         """Prints a line about something that a person should look at, and has wandb tell of it."""
         self.say(text)
-        if self._wandb is not None:
-            try:
-                self._wandb.alert(title=title, text=text)
-            except Exception as error:  # as in write
-                self.say(f"wandb: {error}")
+        if self._wandb:
+            self._wandb.alert(title, text)
 
     def preempted(self) -> None:
         """Tells wandb that the run will go on later."""
         self._exit_code = 1  # wandb takes a run that ends with 0 for a finished one, preempted or not.
-        if self._wandb is not None:
-            try:
-                self._wandb.mark_preempting()
-            except Exception as error:  # as in write
-                self.say(f"wandb: {error}")
+        if self._wandb:
+            self._wandb.mark_preempting()
 
     def close(self) -> None:
         """Ends the bar, the file and the wandb run."""
         self._bar.close()
-        if refusal := self.catch_up():
-            self.say(f"{refusal}; the last lines of metrics are lost")
-        if self._wandb is not None:
-            try:
-                self._wandb.finish(exit_code=self._exit_code)
-            except Exception as error:  # as above
-                self.say(f"wandb: {error}")
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish(self._exit_code, soon=bool(self._exit_code))
+        self._stderr.close()
 
 
 def _cut_after(path: Path, step: int) -> str:
@@ -266,31 +273,3 @@ def _cut_after(path: Path, step: int) -> str:
     text_kept = "".join(line + "\n" for line in kept)
     write_text(path, text_kept)
     return text_kept
-
-
-def _start_wandb(config: RunConfig, step: int) -> Any:
-    if config.log.wandb == "disabled":
-        return None
-    id_file = config.folder / "wandb_id"
-    if not id_file.exists():
-        write_text(id_file, uuid.uuid4().hex[:12])
-    try:
-        import wandb
-
-        run = wandb.init(
-            project=config.log.wandb_project,
-            name=config.title,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            dir=str(config.folder),
-            mode=config.log.wandb,
-            resume="allow",
-            config=yaml.safe_load(dump(config)),
-            settings=wandb.Settings(init_timeout=config.log.wandb_timeout, silent=True),
-        )
-        # The step is a value of ours, so that lines that a restarted run repeats fall on the same place.
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        return run
-    except Exception as error:  # as in Tracker.write
-        print(f"wandb: {error}; going on without it, metrics are in {config.folder / 'metrics.jsonl'}", file=sys.stderr)
-        return None

@@ -216,10 +216,13 @@ def test_a_run_that_diverges_leaves_valid_metrics_and_says_what_to_try(tiny: Pat
     )
 
 
-def test_a_line_is_on_disk_before_write_returns(tiny: Path, tmp_path: Path) -> None:
+def test_all_lines_are_on_disk_before_there_is_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
     tracker = Tracker(small_run(tiny, tmp_path), 0, 10)
-    tracker.write(1, {"a": 1})
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    for step in range(1, 201):
+        tracker.write(step, {"a": 1})
+        if step % 20 == 0:
+            assert tracker.catch_up() is None
+            assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, step + 1))
     tracker.close()
 
 
