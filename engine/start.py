@@ -20,6 +20,7 @@ from data_pipelines import DataError, Pipeline, open_pipeline
 from engine.config import ConfigError, RunConfig
 from engine.files import move_aside
 from engine.ranks.collectives import Launch
+from engine.ranks.gathering import StoppedEarly
 from engine.ranks.owner import FolderLostError, Owner, holds, take
 from engine.ranks.roll_call import roll_call
 
@@ -48,31 +49,36 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claim(config: RunConfig, launch: Launch, *, fresh: bool, stop: Callable[[], bool]) -> Iterator[Claim]:
+def claim(config: RunConfig, launch: Launch, *, fresh: bool, asked: Callable[[], int]) -> Iterator[Claim]:
     """Takes the run's folder for this run, on rank 0, and sees to it that all ranks see the same one. All ranks call
     this.
 
     Args:
         fresh: a folder of an earlier run is moved aside.
-        stop: whether this rank was asked to end.
+        asked: the number of a signal that asks for the end, 0 without.
 
     Raises:
         ConfigError: on all ranks: another run has the folder and lives, it cannot be written to, or some rank does not
             see what rank 0 writes there.
+        StoppedEarly: on all ranks: a signal to rank 0 has ended the wait for an owner that is gone.
     """
     owners: list[Owner] = []
-    told: list[Any] = [None, None, None]
+    told: list[Any] = [None, None, None, 0]
     try:
         if launch.rank == 0:
             try:
-                _take(config, owners, fresh, stop)
-                told = [None, owners[0].path.name, owners[0].token]
+                _take(config, owners, fresh, asked)
+                told = [None, owners[0].path.name, owners[0].token, 0]
+            except StoppedEarly as stopped:
+                told[3] = int(stopped.signal)
             except ConfigError as error:
                 told[0] = str(error)
             except OSError as error:
                 told[0] = f"dir = {str(config.folder)!r}: cannot be written to: {error}"
         dist.broadcast_object_list(told, src=0)
-        failure, number, token = told
+        failure, number, token, signal = told
+        if signal:
+            raise StoppedEarly(signal)
         if failure:
             raise ConfigError(failure)
         _check_that_all_see(config.folder, config.folder / "owner" / number, token)
@@ -82,23 +88,23 @@ def claim(config: RunConfig, launch: Launch, *, fresh: bool, stop: Callable[[], 
             owner.release()
 
 
-def _take(config: RunConfig, owners: list[Owner], fresh: bool, stop: Callable[[], bool]) -> None:
+def _take(config: RunConfig, owners: list[Owner], fresh: bool, asked: Callable[[], int]) -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     what = f"dir = {str(config.folder)!r}"
     if fresh and config.folder.exists():
-        before = take(config.folder, what, stop, say)
+        before = take(config.folder, what, asked, say)
         aside = move_aside(config.folder)
         before.release()
         shutil.rmtree(aside / "owner", ignore_errors=True)
         say(f"the earlier run is now in {aside}")
-    owners.append(take(config.folder, what, stop, say))
+    owners.append(take(config.folder, what, asked, say))
     meeting, peer = config.placement.meeting, config.placement.peer
     if meeting is not None and peer is not None:
         place = meeting.expanduser() / "owners" / peer
         try:
-            owner = take(place, f"placement.meeting = {str(meeting)!r}, placement.peer = {peer}", stop, say)
+            owner = take(place, f"placement.meeting = {str(meeting)!r}, placement.peer = {peer}", asked, say)
             owner.may_vanish = True
             owners.append(owner)
         except OSError as error:  # A peer that can show nothing takes nobody's place.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ from engine.config import RunConfig
 from engine.files import write_json, write_text
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch, choose_device, limit_waiting, process_group, record_flights
-from engine.ranks.heartbeat import heartbeat
+from engine.ranks.gathering import StoppedEarly
+from engine.ranks.heartbeat import Whereabouts, heartbeat
 from engine.ranks.place import Place
 from engine.ranks.placement import Placement
 from engine.reporting.lines import Stretch, report_end, report_scores, report_training
@@ -57,6 +60,7 @@ def train(
     *,
     fresh: bool = False,
     preempted: Path | None = None,
+    before: Sequence[int] = (),
     ends_process: bool = False,
 ) -> bool:
     """Trains the cohort to its last step, going on from the newest whole checkpoint if there is one.
@@ -66,7 +70,7 @@ def train(
     Args:
         fresh: start over; a folder of an earlier run is moved aside.
         preempted: where the name of the signal is written if one ended the run early.
-        ends_process: see `Preemption.listening`.
+        before, ends_process: see `Preemption.listening`.
 
     Returns:
         Whether the run is complete.
@@ -77,39 +81,46 @@ def train(
         TrainingDivergedError: on all ranks at the same step.
         NotSavedError: on all ranks, at the very end.
         RankLostError: a rank failed, or did not answer for `train.timeout` seconds.
+        TimeoutError: a rank has never come.
     """
     placement = check_run(config, launch, fresh=fresh)
     device = choose_device(config.device, launch)
     set_precision(config, device)
     if device.type == "cuda":
         record_flights(config.folder / "flights")
-    preemption = Preemption(device)
-    with (
-        preemption.listening(ends_process=ends_process),
-        process_group(launch, device),
-        claim(config, launch, fresh=fresh, stop=preemption.was_asked) as held,
-    ):
-        pipeline = open_together(config, device)
-        if launch.rank == 0 and pipeline.remarks:
-            print(*pipeline.remarks, sep="\n", file=sys.stderr)
+    preemption, where = Preemption(device), Whereabouts()
+    with preemption.listening(before=before, ends_process=ends_process):
         try:
-            while (run := _train_until_rollback(config, launch, placement, device, pipeline, preemption, held)) is None:
-                gc.collect()  # The networks of before have cycles, and those that are built next need the memory.
-            if run.saved and run.stopped_by and preempted and launch.rank == 0:
-                write_text(preempted, f"{run.stopped_by.name}\n")
-        finally:
-            pipeline.close()
-    if not run.saved:
+            with (
+                process_group(launch, device, preemption.asked) as word,
+                heartbeat(launch, word, where, config.train.timeout),
+                claim(config, launch, fresh=fresh, asked=preemption.asked) as held,
+                contextlib.closing(open_together(config, device)) as pipeline,
+            ):
+                if launch.rank == 0 and pipeline.remarks:
+                    print(*pipeline.remarks, sep="\n", file=sys.stderr)
+                run = None
+                while run is None:
+                    gc.collect()  # The networks of before have cycles, and those that are built next need the memory.
+                    run = _train_until_rollback(config, where, placement, device, pipeline, preemption, held)
+            stopped_by, saved, step = run.stopped_by, run.saved, run.step
+        except StoppedEarly as stopped:
+            if launch.rank == 0:
+                print(f"{config.title}: {stopped}; start the same command again to go on", file=sys.stderr, flush=True)
+            stopped_by, saved, step = stopped.signal, True, 0
+        if saved and stopped_by and preempted and launch.rank == 0:
+            write_text(preempted, f"{stopped_by.name}\n")
+    if not saved:
         raise NotSavedError(
-            f"{config.folder}: step {run.step}, the last, could not be saved; what was trained since the checkpoint "
+            f"{config.folder}: step {step}, the last, could not be saved; what was trained since the checkpoint "
             "before is lost: see to the disk and start the same command again"
         )
-    return run.stopped_by is None
+    return stopped_by is None
 
 
 def _train_until_rollback(
     config: RunConfig,
-    launch: Launch,
+    where: Whereabouts,
     placement: Placement,
     device: torch.device,
     pipeline: Pipeline,
@@ -117,14 +128,18 @@ def _train_until_rollback(
     held: Claim,
 ) -> _Run | None:
     """Returns the run, at its end or stopped; None where it has gone back, and is to be built anew as after a kill."""
-    run = _Run(config, placement, device, pipeline, preemption, held)
+    where.limited = False
+    run = _Run(config, where, placement, device, pipeline, preemption, held)
+    where.ask = run.where
     try:
-        with heartbeat(launch, run.where, warn_after=config.train.timeout / 2):
-            run.to_the_end()
+        with where.guard():
+            try:
+                run.to_the_end()
+            except GoBack:
+                where.ask = where.starting
+                return None
             # Here rather than at the very end: wandb, on rank 0 alone, may take longer than the others wait.
             dist.barrier()
-    except GoBack:
-        return None
     except DataError as error:
         if placement.rank:  # one rank alone meets a broken file; the others only see that it is gone
             print(f"error: rank {placement.rank}: {error}", file=sys.stderr, flush=True)
@@ -147,13 +162,14 @@ class _Run:
     def __init__(
         self,
         config: RunConfig,
+        where: Whereabouts,
         placement: Placement,
         device: torch.device,
         pipeline: Pipeline,
         preemption: Preemption,
         held: Claim,
     ) -> None:
-        self._held = held
+        self._where, self._held = where, held
         self.config, self.placement, self.device, self.pipeline = config, placement, device, pipeline
         self._preemption = preemption
         self.stopped_by: signal.Signals | None = None
@@ -182,7 +198,6 @@ class _Run:
             settle(self.cohort, share, self._progress)
         self.clock = Clock(device)
         self._aside = ""
-        self._limited = False
         self._stop = torch.zeros(1, device=device)
         """The number of a signal that this rank got, 0 without."""
         self._last_line = (time.perf_counter(), self.step)
@@ -244,9 +259,9 @@ class _Run:
         parts = batch.split(self.config.train.accumulation)
         outcome = train_step(self.cohort, parts, self._progress, self.clock, self._stop)
         self.meter.add(outcome)
-        if not self._limited:
+        if not self._where.limited:
             limit_waiting(self.config.train.timeout)
-            self._limited = True
+            self._where.limited = True
         if self.step + 1 < self.steps:
             self.stopped_by = self._preemption.agreed(outcome.stop)
 

@@ -5,7 +5,7 @@
 On one machine nobody else can reach them: what the ranks meet in listens on the loopback interface alone, where
 `torchrun --standalone` listens on all, and executes what is sent to it. SIGUSR1 to this process goes to the ranks,
 which save and end, where torchrun would die of it and take them along. With --rdzv-endpoint it is one of several
-machines.
+machines, says that it waits while others are missing, and ends at once on SIGTERM or Ctrl-C until they have come.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,12 +32,22 @@ DEFAULTS = {
 }
 
 
+PATIENCE = 10.0
+"""Seconds without ranks until it is said; then twice as many, and so on."""
+
+DELIVERY = 60.0
+"""Seconds until ranks that are being started listen to signals, at most."""
+
+
 def main() -> None:
     """The command."""
     options = sys.argv[1:]
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGUSR1, _pass_on)
+    # Until there are ranks torch looks at no signal; then it sets handlers of its own.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_tell_of_waiting, args=(options,), daemon=True).start()
     if any(option.startswith(("--rdzv", "--rdzv_", "--master", "--node", "--standalone")) for option in options):
         # Or ranks that are started a second time on several machines are given the addresses of those that died.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -66,11 +78,52 @@ def _store() -> tuple[Any, int]:
     return store, port
 
 
+def _tell_of_waiting(options: list[str]) -> None:
+    where = " ".join(o for o in options if o.startswith(("--nnodes", "--rdzv-endpoint", "--rdzv_endpoint", "--master")))
+    since, said = time.monotonic(), PATIENCE
+    while True:
+        time.sleep(1)
+        if _children():
+            since, said = time.monotonic(), PATIENCE
+        elif (waited := time.monotonic() - since) > said:
+            said *= 2
+            print(f"launch/ranks.py: waiting for other machines: {where}, {waited:.0f} s", file=sys.stderr, flush=True)
+
+
 def _pass_on(number: int, frame: FrameType | None) -> None:
+    threading.Thread(target=_deliver, args=(number,), daemon=True).start()
+
+
+def _deliver(number: int) -> None:
+    """Sends a signal to all ranks, as soon as each has a handler for it: before, they would die of it."""
+    told, deadline = set[int](), time.monotonic() + DELIVERY
+    while not (children := set(_children())) or children - told:
+        for child in children - told:
+            if _catches(child, number):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, number)
+                told.add(child)
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
+
+
+def _children() -> list[int]:
+    found: list[int] = []
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
-            for child in (thread / "children").read_text().split():
-                os.kill(int(child), number)
+            found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def _catches(process: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, or has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return True
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1) or any(line.startswith("State:\tZ") for line in lines)
 
 
 if __name__ == "__main__":

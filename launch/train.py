@@ -12,7 +12,10 @@ A run that was killed goes on from its newest whole checkpoint when it is starte
 
 from __future__ import annotations
 
-import launch.with_parent  # noqa: F401  # isort: skip
+import launch.with_parent as at_start  # isort: skip
+
+if __name__ == "__main__":
+    at_start.note_signals()
 
 import contextlib
 import os
@@ -27,6 +30,7 @@ from engine.config import loading as configuration
 from engine.forecast import forecast
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch, choose_device
+from engine.reporting.console import print_soon
 from engine.reporting.report.curves import curves
 from engine.reporting.report.table import table
 from engine.trainer import train
@@ -35,7 +39,8 @@ from launch.entry import parser, require_torchrun, user_errors
 EPILOG = """\
 Every key, with what it means:  launch/train.py --keys
 SIGUSR1, SIGTERM, SIGHUP (a terminal that closes) or Ctrl-C, to any rank, saves the step that it is at and ends the run
-with 0; the same command goes on from there. torchrun passes SIGTERM, SIGHUP and Ctrl-C on; SIGUSR1 to torchrun itself
+with 0; the same command goes on from there. Before the first step it saves that, or, while ranks are missing, ends the
+wait at once. torchrun passes SIGTERM, SIGHUP and Ctrl-C on; SIGUSR1 to torchrun itself
 ends it, and all ranks unsaved. A script tells that from the end of the run by --preempted FILE.
 
 Exit codes: 0 trained to the end, or saved and ended by a signal; 1 failed; 2 a mistake in the config, the data or the
@@ -67,6 +72,8 @@ def main() -> None:
     )
     options, chosen, overrides = arguments.parse_words()
     launch = Launch.from_environment()
+    if options.keys or options.check or options.print_config:
+        at_start.obey_signals()
     if options.keys:
         if launch.rank == 0:
             print(configuration.describe())
@@ -97,7 +104,9 @@ def main() -> None:
         require_torchrun("launch/train.py")
         if options.preempted and launch.rank == 0:
             options.preempted.unlink(missing_ok=True)
-        complete = train(config, launch, fresh=fresh, preempted=options.preempted, ends_process=True)
+        complete = train(
+            config, launch, fresh=fresh, preempted=options.preempted, before=at_start.noted, ends_process=True
+        )
         if complete and launch.rank == 0:
             _summarise(config.folder)
 
@@ -115,12 +124,7 @@ def _summarise(folder: Path) -> None:
     with _said("table.txt"):
         (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     with _said("the table on standard output"):
-        try:
-            print(f"\n{text}\n\n{folder / 'curves.png'}", flush=True)
-        except OSError:
-            # Or Python would try once more at its end, and make an exit code of it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise
+        print_soon(f"\n{text}\n\n{folder / 'curves.png'}\n")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
-"""A rank does not outlive the torchrun that started it: imported before all else, since importing torch takes seconds
-in which torchrun may be killed. Ranks without it would train on, beside those that are started in their place."""
+"""What a process has to settle before it imports torch, which takes seconds: imported before all else.
+
+A rank does not outlive the torchrun that started it, or it would train on, beside those that are started in its place.
+And a signal that asks a run to end is not lost, and loses nothing, while the run is only starting.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,28 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if _is_orphan(os.getppid()):
         sys.exit("error: the process that started this rank is gone")
+
+
+noted: list[int] = []
+"""Signals that came before the run listened, see `note_signals`."""
+
+
+def note_signals() -> None:
+    """Has SIGUSR1, SIGTERM and SIGHUP noted instead of ending the process, until somebody else listens to them. Ctrl-C
+    ends it at once, as nothing has begun."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # Under nohup SIGHUP is to be ignored.
+            signal.signal(number, lambda received, _: noted.append(received))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def obey_signals() -> None:
+    """Takes that back: there will be no run. What was noted ends the process now."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    for received in noted:
+        signal.raise_signal(received)
 
 
 def _is_orphan(parent: int) -> bool:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from engine.config import ConfigError
+from engine.ranks.gathering import gather
 
 FIRST_STEP_TIMEOUT = timedelta(minutes=30)
 """Compilation, cuDNN's search and a cold file system all fall before the end of the first step."""
@@ -54,17 +54,21 @@ def choose_device(wanted: str, launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank % count) if count else torch.device("cpu")
 
 
-def start(launch: Launch, device: torch.device) -> None:
-    """Joins the process group: gloo for CPU tensors, NCCL for CUDA tensors where each rank has a GPU of its own."""
-    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+def start(launch: Launch, device: torch.device, asked: Callable[[], int] = lambda: 0) -> str:
+    """Joins the process group: gloo for CPU tensors, NCCL for CUDA tensors where each rank has a GPU of its own.
+
+    Args:
+        asked: the number of a signal that asks for the end, 0 without.
+
+    Returns:
+        A word that all ranks of this start have in common, and no other start.
+
+    Raises:
+        StoppedEarly, TimeoutError: see `gather`.
+    """
+    word, store = "", dist.HashStore()  # type: ignore[attr-defined]
     if "RANK" in os.environ:
-        store, _, _ = next(rendezvous("env://", timeout=FIRST_STEP_TIMEOUT))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun hands the store of the workers that died, with their addresses, to those that it starts in their
-            # place. On several nodes the agents count restarts differently, so there it has to be told not to:
-            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-            store = dist.PrefixStore(f"restart_{attempt}", store)  # type: ignore[attr-defined]
+        word, store = gather(launch.rank, launch.world, asked)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -81,6 +85,7 @@ def start(launch: Launch, device: torch.device) -> None:
                     flush=True,
                 )
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=FIRST_STEP_TIMEOUT)
+    return word
 
 
 def is_shared(gpu: str, store: Any, world: int) -> bool:
@@ -102,11 +107,11 @@ def is_shared(gpu: str, store: Any, world: int) -> bool:
 
 
 @contextlib.contextmanager
-def process_group(launch: Launch, device: torch.device) -> Iterator[None]:
+def process_group(launch: Launch, device: torch.device, asked: Callable[[], int]) -> Iterator[str]:
     """As `start`, and leaves the process group at the end, whatever that is."""
-    start(launch, device)
+    word = start(launch, device, asked)
     try:
-        yield
+        yield word
     except BaseException:
         # Ranks that have not failed may wait in a collective for ever, and this one for them.
         leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)

@@ -31,16 +31,38 @@ class RankLostError(RuntimeError):
     """A collective failed. The message names the ranks that did not take part, as far as can be known."""
 
 
+class Whereabouts:
+    """Says where this rank is; whoever knows sets `ask`."""
+
+    def __init__(self) -> None:
+        self.ask = self.starting
+        self.limited = False
+        """Whether its collectives fail by themselves after a while."""
+        self.guard: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """For a body whose errors shall be explained before what comes after it, as `heartbeat` explains them."""
+
+    def starting(self) -> Place:
+        """Before its first step, or building all anew."""
+        return Place(0, 0.0, "its start")
+
+    def __call__(self) -> Place:
+        return self.ask()
+
+
 @contextlib.contextmanager
-def heartbeat(launch: Launch, where: Callable[[], Place], warn_after: float) -> Iterator[None]:
+def heartbeat(launch: Launch, word: str, where: Whereabouts, timeout: float) -> Iterator[None]:
     """Beats until its body is over, and tells of ranks that are silent, or that the others wait for.
 
     A thread beats, so a rank whose program hangs is heard of all the same; how long it has been where it is tells.
     NCCL's watchdog ends the process of a rank that has waited too long, so what there is to say is said before.
 
+    Before the first step is over, collectives wait for as long as compiling may take. A rank that is silent for
+    `timeout` seconds does not compile: where one is, this process ends.
+
     Args:
+        word: what `start` returned.
         where: says where this rank is.
-        warn_after: seconds after which the first two ranks warn of a rank that is silent or does not move.
+        timeout: seconds; after half of them the first two ranks warn of a rank that is silent or does not move.
 
     Raises:
         RankLostError: in place of the error of a collective that failed in the body.
@@ -48,27 +70,38 @@ def heartbeat(launch: Launch, where: Callable[[], Place], warn_after: float) -> 
     if launch.world == 1:
         yield
         return
-    pulse = _Pulse(launch, where)
+    pulse = _Pulse(launch, word, where)
     over = threading.Event()
-    thread = threading.Thread(target=_beat, args=(pulse, over, warn_after), daemon=True)
+    thread = threading.Thread(target=_beat, args=(pulse, over, timeout), daemon=True)
     thread.start()
-    last_words = ENDED
+    where.guard = partial(_explained, pulse, over)
     try:
-        yield
-    except BaseException as error:
-        reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and _COLLECTIVE.search(str(error))):
-            # The traceback of one that waited tells nobody anything: another rank is at fault.
-            here = f"rank {launch.rank} of {launch.world}, {where()}: {_line_of_ours(error)}"
-            over.set()
-            seen = _within(6 * PERIOD, pulse.look_around) or f"Nor does {pulse.holder} answer."
-            raise RankLostError(f"{here}: {reason}\n{seen}") from None
-        last_words = f"failed, {where()}: {type(error).__name__}: {reason}"
-        raise
+        with where.guard():
+            yield
     finally:
         over.set()
         thread.join(2 * PERIOD)
-        _within(2 * PERIOD, partial(pulse.say, last_words))
+        _within(2 * PERIOD, partial(pulse.say, pulse.last_words))
+
+
+@contextlib.contextmanager
+def _explained(pulse: _Pulse, over: threading.Event) -> Iterator[None]:
+    """Tells the others of an error of the body, or this rank what they are doing where that explains it."""
+    try:
+        yield
+    except BaseException as error:
+        if over.is_set():  # in a body within this one
+            raise
+        over.set()
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and _COLLECTIVE.search(str(error))):
+            # The traceback of one that waited tells nobody anything: another rank is at fault.
+            here = f"rank {pulse.rank} of {pulse.world}, {pulse.where()}: {_line_of_ours(error)}"
+            seen = _within(6 * PERIOD, pulse.look_around) or f"Nor does {pulse.holder} answer."
+            raise RankLostError(f"{here}: {reason}\n{seen}") from None
+        pulse.last_words = f"failed, {pulse.where()}: {type(error).__name__}: {reason}"
+        _within(2 * PERIOD, partial(pulse.say, pulse.last_words))
+        raise
 
 
 def _within(seconds: float, action: Callable[[], str | None]) -> str | None:
@@ -95,27 +128,34 @@ def _line_of_ours(error: BaseException) -> str:
 class _Pulse:
     """This rank's own connection to the store: a store that does not answer must hold up nobody else."""
 
-    def __init__(self, launch: Launch, where: Callable[[], Place]) -> None:
-        self.rank, self.world, self._where, self._count = launch.rank, launch.world, where, 0
+    def __init__(self, launch: Launch, word: str, where: Whereabouts) -> None:
+        self.rank, self.world, self.where, self._count = launch.rank, launch.world, where, 0
+        self.last_words = ENDED
         self._place, self._since = where(), time.monotonic()
         self.holder = (
             f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, rank 0's or torchrun's there,"
         )
-        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=10),
         )
+        self._store = dist.PrefixStore(word, store)  # type: ignore[attr-defined]
         self.beat()
 
     def beat(self) -> None:
-        place = self._where()
+        place = self.where()
         if place != self._place:
             self._place, self._since = place, time.monotonic()
         self._count += 1
         self.say(f"{self._count} {place.step} {place.parts} {place}, for {self.stays:.0f} s")
+
+    @property
+    def limited(self) -> bool:
+        """As in `Whereabouts`."""
+        return self.where.limited
 
     @property
     def stays(self) -> float:
@@ -168,7 +208,8 @@ def _behind(places: Mapping[int, Place]) -> str:
     return f"{'Ranks' if len(least) > 1 else 'Rank'} {names} {'are' if len(least) > 1 else 'is'} behind the others"
 
 
-def _beat(pulse: _Pulse, over: threading.Event, warn_after: float) -> None:
+def _beat(pulse: _Pulse, over: threading.Event, timeout: float) -> None:
+    warn_after = timeout / 2
     heard: dict[int, tuple[str, float]] = {}
     warned: set[int] = set()
     waits = False
@@ -192,5 +233,12 @@ def _beat(pulse: _Pulse, over: threading.Event, warn_after: float) -> None:
                 elif looked - heard[rank][1] >= warn_after and rank not in warned and words != ENDED:
                     warned.add(rank)
                     print(f"warning: {warn_after:g} s: {_sentence(rank, words)}", file=sys.stderr, flush=True)
+                elif looked - heard[rank][1] >= timeout and not pulse.limited and _place(words) is not None:
+                    print(f"error: {timeout:g} s: {_sentence(rank, words)}", file=sys.stderr, flush=True)
+                    os._exit(1)
         except RuntimeError:
-            return  # The collective that fails next says more.
+            # The collective that fails next says more; but without a limit it may not fail.
+            if not over.wait(warn_after) and not pulse.limited:
+                print(f"error: rank {pulse.rank}: {pulse.holder} is gone", file=sys.stderr, flush=True)
+                os._exit(1)
+            return

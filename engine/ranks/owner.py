@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.config import ConfigError
+from engine.ranks.gathering import StoppedEarly
 
 BEAT = 2.0
 """Seconds between two signs of life."""
@@ -103,16 +104,17 @@ class Owner:
                 os.utime(self.path)
 
 
-def take(folder: Path, what: str, stop: Callable[[], bool], say: Callable[[str], None]) -> Owner:
+def take(folder: Path, what: str, asked: Callable[[], int], say: Callable[[str], None]) -> Owner:
     """Takes a folder, which is made if it is not there, from nobody or from an owner that is gone.
 
     Args:
         what: the folder, in the words of an error, such as "dir = 'runs/a'".
-        stop: asked now and then whether to go on waiting.
+        asked: the number of a signal that ends the wait, 0 without.
         say: told what is waited for.
 
     Raises:
         ConfigError: another run has it, and lives.
+        StoppedEarly: a signal has ended the wait.
         OSError: it cannot be written to.
     """
     made = not folder.exists()
@@ -121,7 +123,7 @@ def take(folder: Path, what: str, stop: Callable[[], bool], say: Callable[[str],
         place.mkdir(parents=True, exist_ok=True)
         last = max(_numbers(place), default=0)
         if last:
-            _wait_for_the_end_of(place / str(last), what, stop, say)
+            _wait_for_the_end_of(place / str(last), what, asked, say)
         path, token = place / str(last + 1), uuid.uuid4().hex
         try:
             # A link or a pipe in its place is no file that could be created.
@@ -170,7 +172,7 @@ def _numbers(place: Path) -> list[int]:
         return []
 
 
-def _wait_for_the_end_of(path: Path, what: str, stop: Callable[[], bool], say: Callable[[str], None]) -> None:
+def _wait_for_the_end_of(path: Path, what: str, asked: Callable[[], int], say: Callable[[str], None]) -> None:
     """Returns when an owner has given the folder back or is gone. Raises: ConfigError, as it lives."""
     since, first = time.monotonic(), None
     while True:
@@ -192,8 +194,9 @@ def _wait_for_the_end_of(path: Path, what: str, stop: Callable[[], bool], say: C
             )
         if waited > SILENCE:
             return
-        if stop():
-            raise ConfigError(f"{what}: was in use by {_in_words(found)}; a signal has ended the wait for it")
+        if number := asked():
+            say(f"{what}: was in use by {_in_words(found)}; a signal has ended the wait for it")
+            raise StoppedEarly(number)
         time.sleep(0.1)
 
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import torch
@@ -33,27 +33,31 @@ class Preemption:
         self._since = 0.0
 
     @contextlib.contextmanager
-    def listening(self, *, ends_process: bool = False) -> Iterator[None]:
+    def listening(self, *, before: Sequence[int] = (), ends_process: bool = False) -> Iterator[None]:
         """SIGUSR1, SIGTERM, SIGHUP and SIGINT are noted instead of ending the process; a second Ctrl-C ends it at once.
 
         Args:
-            ends_process: nothing comes after the body but the end of the process, which no signal but a second Ctrl-C
-                shall turn into a failure, unless the body has failed.
+            before: signals that came before this.
+            ends_process: nothing comes after the body but the end of the process, which no signal but Ctrl-C shall turn
+                into a failure, unless the body has failed.
         """
         if threading.current_thread() is not threading.main_thread():
             yield  # Only the main thread may have handlers.
             return
         # Under nohup a terminal that closes is to be ignored.
         wanted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        before = {number: signal.signal(number, self._note) for number in wanted}
+        handlers = {number: signal.signal(number, self._note) for number in wanted}
+        for number in before:
+            self._note(number, None)
         well = False
         try:
             yield
             well = True
         finally:
-            for number, handler in before.items():
-                if not (ends_process and well) or number == signal.SIGINT:
-                    signal.signal(number, handler)
+            for number, handler in handlers.items():
+                # A handler of ours would be taken away before the process has ended.
+                ignored = ends_process and well and number != signal.SIGINT
+                signal.signal(number, signal.SIG_IGN if ignored else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -67,9 +71,9 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def was_asked(self) -> bool:
-        """Whether this rank has got a signal."""
-        return bool(self._asked)
+    def asked(self) -> int:
+        """The number of the signal that this rank got, 0 without."""
+        return self._asked
 
     def ask(self, stop: Tensor) -> None:
         """Before a step: puts the number of the signal that this rank got, if any, into `stop` [1], on the device."""

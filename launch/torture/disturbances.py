@@ -117,6 +117,7 @@ def _saved(gang: Gang, blow: Blow, number: signal.Signals | None, code: int) -> 
 
 
 def _storm(gang: Gang, rng: random.Random) -> Blow:
+    _worker(gang, rng)
     workers = gang.workers().values()
     blow = _blow(gang, "all")
     while gang.agent.poll() is None:

@@ -60,7 +60,7 @@ from engine.config import ConfigError, RunConfig
 from engine.config.loading import dump, validate
 from engine.files import write_json
 from engine.ranks.collectives import Launch
-from engine.safety import loading
+from engine.safety import checkpoint, loading
 from launch.entry import parser, user_errors
 from launch.torture.disturbances import KINDS, Kind
 from launch.torture.gang import PATIENCE, Gang, UnexpectedError
@@ -243,6 +243,8 @@ def _disturb(options: argparse.Namespace, folder: Path, steps: int, exact: bool,
     gang = _start(folder, deck[progress.done :], options, progress)
     struck = gang
     try:
+        if checkpoint.steps_on_disk(gang.run):  # A campaign goes on.
+            progress.resumed = _going_on(gang, 0)
         while progress.done < options.kills:
             number, kind = progress.done + 1, deck[progress.done]
             rng = random.Random(f"{options.seed} {number}")

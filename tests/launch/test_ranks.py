@@ -82,8 +82,48 @@ def test_nobody_else_can_reach_it_a_rank_that_dies_is_replaced_and_sigusr1_saves
         before = last_step(config.folder)
         wait_until(lambda: last_step(config.folder) > before)
         launcher.send_signal(signal.SIGUSR1)
-        assert launcher.wait(60) == 0, (tmp_path / "output").read_text()
+        # More of them, to the last moment of each process, change nothing.
+        wait_until(lambda: "signal SIGUSR1" in (tmp_path / "output").read_text())
+        while launcher.poll() is None:
+            for pid in workers(launcher.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            time.sleep(0.005)
+        assert launcher.returncode == 0, (tmp_path / "output").read_text()
     assert f"signal SIGUSR1 at step {last_step(config.folder)}: saved" in (tmp_path / "output").read_text()
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(line for line in lines if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_a_signal_to_a_program_that_is_starting_saves_the_first_step(tiny: Path, tmp_path: Path) -> None:
+    """Before torch is imported."""
+    config, preempted = small_run(tiny, tmp_path / "run"), tmp_path / "preempted"
+    (tmp_path / "run.yaml").write_text(dump(config))
+    command = [sys.executable, "launch/train.py", str(tmp_path / "run.yaml"), "--preempted", str(preempted)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: catches(process.pid, signal.SIGTERM))
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+        process.terminate()
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    assert preempted.read_text() == "SIGTERM\n"
+    assert "signal SIGTERM at step 1: saved" in said
+
+
+@pytest.mark.slow
+def test_a_launcher_that_waits_for_another_machine_says_so_and_ends_at_once(tiny: Path, tmp_path: Path) -> None:
+    config = small_run(tiny, tmp_path / "run")
+    output = tmp_path / "output"
+    there = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with started(config, *there) as launcher:
+            wait_until(lambda: f"waiting for other machines: {there[0]} {there[2]}, 1" in output.read_text())
+            launcher.send_signal(number)
+            assert launcher.wait(5) == -number
 
 
 @pytest.mark.slow

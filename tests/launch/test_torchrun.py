@@ -41,7 +41,7 @@ class Agent:
                 cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
 
     def workers(self) -> dict[int, int]:
@@ -129,18 +129,39 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert numbers(config.folder) == numbers(undisturbed)
 
 
+def two_agents(tmp_path: Path, file: Path, *options: str) -> tuple[Agent, Agent]:
+    """One rank each, as on two machines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ("--nproc-per-node=1", "--max-restarts=3", f"--rdzv-endpoint=127.0.0.1:{port}", *options)
+    first = Agent(tmp_path / "first", file, *options)
+    time.sleep(1)  # The first one holds the store of the agents.
+    return first, Agent(tmp_path / "second", file, *options)
+
+
+def test_ranks_of_two_agents_are_replaced_again_and_again(
+    run: tuple[RunConfig, Path], tmp_path: Path, undisturbed: Path
+) -> None:
+    """Agents count restarts differently, and keep a store that holds the addresses of the dead."""
+    config, file = run
+    both = two_agents(tmp_path, file, "--nnodes=2", "--rdzv-id=again")
+    with agents(*both):
+        for moment, loser in ((20, 1), (60, 0), (100, 1)):
+            wait(lambda moment=moment: last_step(config.folder) >= moment, *both)
+            os.kill(next(iter(both[loser].workers().values())), signal.SIGKILL)
+        assert [agent.process.wait(150) for agent in both] == [0, 0], both[0].text() + both[1].text()
+    assert sum(agent.text().count("going on at step") for agent in both) == 3
+    assert_same_state(final_state(config.folder), final_state(undisturbed))
+    assert numbers(config.folder) == numbers(undisturbed)
+
+
 def test_an_agent_that_dies_is_survived_by_the_other_with_fewer_ranks(
     run: tuple[RunConfig, Path], tmp_path: Path, undisturbed: Path
 ) -> None:
     config, file = run
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-id=elastic")
-    options += (f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=5")
-    first = Agent(tmp_path / "first", file, *options)
-    time.sleep(1)  # The first one holds the store of the agents.
-    second = Agent(tmp_path / "second", file, *options)
+    options = ("--nnodes=1:2", "--rdzv-id=elastic", "--rdzv-conf=last_call_timeout=5")
+    first, second = two_agents(tmp_path, file, *options)
     with agents(first, second):
         wait(lambda: last_step(config.folder) >= 20, first, second)
         (victim,) = second.workers().values()

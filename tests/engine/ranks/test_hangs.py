@@ -67,8 +67,8 @@ def test_the_others_name_the_rank_that_is_lost(tiny: Path, tmp_path: Path, culpr
             time.sleep(0.1)
     said = [(tmp_path / f"rank{rank}").read_text() for rank in others]
     expected = {
-        "stopped": f"Rank {culprit} does not answer; it was last heard of at step ",
-        "killed": f"Rank {culprit} does not answer; it was last heard of at step ",
+        "stopped": f"Rank {culprit} does not answer; it was last heard of at ",
+        "killed": f"Rank {culprit} does not answer; it was last heard of at ",
         "failed": f"Rank {culprit} failed, step 8, data done: ValueError: a mistake.",
         "busy": f"rank {culprit}: step 8, data done",
     }[how]
