@@ -61,6 +61,7 @@ _LATER_KEYS = (
     "fraction",
     "class_weights",
     "shape",
+    "shared_decode",
     "repeats",
     "on_error",
     "max_bad",

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from data_pipelines.damage import Damage, DataError
 from data_pipelines.order import Rows
 
-__all__ = ["Batch", "DataError", "Pipeline"]
+__all__ = ["Batch", "DataError", "Pipeline", "Sharing"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,30 @@ class Batch:
         return [Batch(*piece) for piece in pieces]
 
 
+class Sharing(Protocol):
+    """What ranks of a node that need the same rows pass on to each other."""
+
+    rows: NDArray[np.int64]
+    """Of each global batch, ascending: those that are decoded here."""
+
+    def swap(self, pixels: torch.Tensor, ids: NDArray[np.int64]) -> tuple[torch.Tensor, NDArray[np.int64]]:
+        """All ranks that share call this for the same steps in the same order, each in one thread.
+
+        Args:
+            pixels: of the rows decoded here, uint8 [m, H, W, C].
+            ids: int64 [m].
+
+        Returns:
+            Pixels and ids of the rows that are needed here, which are those given to `Pipeline.train`.
+        """
+
+
 class Pipeline(ABC):
     """An open data set.
 
     Attributes:
+        sharing: how other ranks decode rows for this one, which whoever opened the data set may say before it is used.
+        may_share: whether `sharing` has a meaning.
         damage: samples that could not be read, where any may be met.
         remarks: what whoever starts a run may want to know of how the data are read.
         num_classes: number of classes.
@@ -65,6 +86,8 @@ class Pipeline(ABC):
         contents: what the data set holds, see :func:`data_pipelines.digest.contents`; where it differs, the data do.
     """
 
+    sharing: Sharing | None = None
+    may_share: bool = False
     remarks: tuple[str, ...] = ()
     damage: Damage | None = None
     num_classes: int

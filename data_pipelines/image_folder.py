@@ -6,7 +6,7 @@ What is shown of which photo is decided here, by :mod:`data_pipelines.order` and
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class ImageFolder(Pipeline):
         self._augmenter = Augmenter(
             config.augmentation, seed, config.normalisation, self.num_classes, config.neighbours, device
         )
+        self.may_share = config.shared_decode != "off" and config.views == "shared" and choice.name != "mixed"
         self._idle: dict[Plan, Decoder] = {}
         self._decoders = ThreadPoolExecutor(config.decoding.threads, thread_name_prefix="cohort-decoder")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="cohort-reader")
@@ -97,12 +98,14 @@ class ImageFolder(Pipeline):
         side = self._config.training_side(epoch)
         if side != self._config.training_side(max(epoch - 1, 0)):
             self._idle.clear()  # Images of the size of before are not shown again.
+        sharing = self.sharing
+        decoded: Rows = rows if sharing is None else sharing.rows
 
         def prepare(step: int, broken: frozenset[int]) -> _Prepared:
-            read = self._train.read(samples[step, rows], self._sampling.trained_on, broken)
+            read = self._train.read(samples[step, decoded], self._sampling.trained_on, broken)
             sizes = read.sizes
             uniforms = (order.augmentation(self._seed, epoch, step, size, windows.COLUMNS, view) for view in views)
-            draws = [windows.crop_draws(each, area, ratio)[rows] for each in uniforms]
+            draws = [windows.crop_draws(each, area, ratio)[decoded] for each in uniforms]
             cropped = (windows.crop_windows(each, sizes, ratio) for each in draws)
             corners, shapes = (np.stack(each, axis=1) for each in zip(*cropped, strict=True))
             flips = np.stack([windows.flips(each) for each in draws], axis=1)
@@ -110,12 +113,20 @@ class ImageFolder(Pipeline):
             drawn = self._augmenter.draw(epoch, step, size, rows, side, views)
             return _Prepared(work, self._train.source.labels[read.ids], drawn)
 
-        largest = len(np.arange(size)[rows])
+        def swap(found: _Found) -> _Found:
+            prepared, (pixels,), ids = found
+            assert sharing is not None
+            pixels, ids = sharing.swap(pixels, ids)
+            return replace(prepared, targets=self._train.source.labels[ids]), [pixels], ids
+
+        largest = len(np.arange(size)[decoded])
         # A photo of several views is decoded once, and then as a whole. A window is decoded without the colours beyond
         # its edges, so a rank that asks for one view where others ask for more has to decode the whole as well.
         whole = self._config.views == "per_peer"
         plan = Plan(largest, len(views), whole, side)
-        return self._batches(self._train, prepare, range(first_step, self.steps_per_epoch), plan)
+        return self._batches(
+            self._train, prepare, range(first_step, self.steps_per_epoch), plan, swap if sharing else None
+        )
 
     def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.evaluate`."""
@@ -152,7 +163,12 @@ class ImageFolder(Pipeline):
         self._decoders.shutdown(cancel_futures=True)
 
     def _batches(
-        self, files: Reader, prepare: Callable[[int, frozenset[int]], _Prepared], steps: range, plan: Plan
+        self,
+        files: Reader,
+        prepare: Callable[[int, frozenset[int]], _Prepared],
+        steps: range,
+        plan: Plan,
+        swap: "Callable[[_Found], _Found] | None" = None,
     ) -> Iterator[Batch]:
         if not steps:
             return
@@ -165,7 +181,10 @@ class ImageFolder(Pipeline):
         decoder = self._idle.pop(plan, None) or self._decoder(plan)
         stream = Stream(plan, self._decoder, decoder, prepare, tell)
         found = stream(self._readers, steps)
-        if self._device.type == "cuda" and self._decoder_name != "mixed":
+        pins = self._device.type == "cuda" and self._decoder_name != "mixed"
+        if swap is not None:
+            found = one_ahead(found, (lambda each: _pinned(swap(each))) if pins else swap)
+        elif pins:
             # Copying pixels to where a GPU fetches them takes milliseconds, which the training thread shall not spend.
             found = one_ahead(found, _pinned)
         for prepared, views, ids in found:

@@ -14,6 +14,7 @@ import torch
 import data_pipelines
 import models
 from data_pipelines import DataConfig, Sizes
+from data_pipelines.decoding.choice import choose
 from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.cohort.parameter_groups import check_grouping
@@ -61,6 +62,7 @@ def check_run(
         raise ConfigError(
             "data.decoding.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
         )
+    _check_shared_decode(config, cuda=device.type == "cuda")
     placement = plan(config, launch.world, launch.rank)
     _check_schedule(config, check_data(config))
     _check_stages(config)
@@ -86,6 +88,22 @@ def _check_schedule(config: RunConfig, sizes: Sizes) -> None:
         config.schedule.check_within(steps / per_epoch, f"train.max_steps = {steps}, {steps / per_epoch:.2f} epochs")
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _check_shared_decode(config: RunConfig, *, cuda: bool) -> None:
+    data = config.data
+    if data.shared_decode != "on":
+        return
+    if data.views == "per_peer":
+        raise ConfigError(
+            "data.shared_decode = on: with data.views = per_peer each peer sees pixels of its own, so there is nothing "
+            "to share; expected auto or off"
+        )
+    if choose(data.decoding.decoder, cuda=cuda).name == "mixed":
+        raise ConfigError(
+            "data.shared_decode = on: what a GPU decodes is not passed on; expected data.decoding.decoder = cpu or "
+            "torchvision, or data.shared_decode = auto"
+        )
 
 
 def _check_networks(config: RunConfig, placement: Placement) -> None:

@@ -46,6 +46,7 @@ from engine.training.due import Due, due
 from engine.training.evaluation import evaluate_cohort, survey
 from engine.training.meter import Meter
 from engine.training.remarks import remarks, twins
+from engine.training.sharing import share_decoding
 from engine.training.step import settle, train_step
 from engine.training.timing import Clock
 from losses import Progress
@@ -97,6 +98,7 @@ def train(
                 claim(config, launch, fresh=fresh, asked=preemption.asked) as held,
                 contextlib.closing(open_together(config, device)) as pipeline,
             ):
+                share_decoding(config, placement, pipeline)
                 if launch.rank == 0 and pipeline.remarks:
                     print(*pipeline.remarks, sep="\n", file=sys.stderr)
                 run = None

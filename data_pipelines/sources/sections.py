@@ -76,6 +76,11 @@ class SourceConfig(Section):
         description="A file that lists the classes in the order of the labels, a line each, such as ImageNet's list of "
         "synsets; null: sorted by name, or as the data say (photos).",
     )
+    shared_decode: Annotated[Literal["auto", "on", "off"], OF_PHOTOS] = Field(
+        default="auto",
+        description="Whether ranks of a node that need the same rows decode a share of them each, and pass the pixels "
+        "on. auto: where photos are decoded on the CPU and all peers see one augmentation (photos).",
+    )
     links: Annotated[Literal["inside", "anywhere"], _FILES] = Field(
         default="inside",
         description="Where links may lead: to places inside the folder of the data set, or anywhere (image_folder, "

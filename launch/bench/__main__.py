@@ -2,6 +2,7 @@
 
     python launch/bench step                     the engine's step against a bare loop in plain PyTorch
     torchrun --nproc-per-node=2 launch/bench exchange    spread peers against the same peers uncoupled
+    torchrun --nproc-per-node=2 launch/bench decode --folder DIR    photos decoded once for all peers, against by each
     python launch/bench checkpoint               saving beside training, against waiting for the disk
     python launch/bench bytes                    not timed: what each method sends, from its signals' shapes
     python launch/bench operations               not timed: operations that a step of each method dispatches
@@ -28,6 +29,7 @@ from engine.config import ConfigError
 from engine.ranks.collectives import Launch, choose_device, start
 from launch.bench import contrast
 from launch.bench.bytes import bytes_a_step
+from launch.bench.decode import decode
 from launch.bench.gpu.methods import operations_of_methods
 from launch.bench.gpu.running import PARTS, run_parts
 from launch.bench.host import host_seconds, operations
@@ -37,7 +39,7 @@ from launch.bench.turns import headline, in_turn, print_comparison
 from launch.entry import parser, user_errors
 from losses import METHODS
 
-WHAT = ("step", "exchange", "checkpoint", "bytes", "operations", "lmcl", "lmcl-step", "gpu")
+WHAT = ("step", "exchange", "decode", "checkpoint", "bytes", "operations", "lmcl", "lmcl-step", "gpu")
 
 
 def main() -> None:
@@ -51,7 +53,9 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=3, help="steps in one timing (default: %(default)s)")
     arguments.add_argument("--amp", choices=["float32", "bf16", "fp16"], default="float32")
     arguments.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="lmcl: rows (default: 8 32)")
-    arguments.add_argument("--folder", type=Path, help="checkpoint: where to write (default: a temporary folder)")
+    arguments.add_argument(
+        "--folder", type=Path, help="checkpoint: where to write (default: a temporary folder); decode: photos"
+    )
     arguments.add_argument("--threads", type=int, help="CPU threads; torch's choice if absent")
     arguments.add_argument("--out", type=Path, metavar="DIR", help="gpu: where rows.jsonl and gpu.md are written")
     arguments.add_argument("--quick", action="store_true", help="gpu: toy sizes, to try the command; on a CPU too")
@@ -77,7 +81,11 @@ def main() -> None:
 
 def _measure(options: argparse.Namespace, device: torch.device, launch: Launch) -> None:
     work = Workload(options.network, options.size, options.batch, options.amp)
-    if options.what == "bytes":
+    if options.what == "decode":
+        if options.folder is None:
+            raise ConfigError("--folder: missing; expected a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+        decode(options.folder, options.batch, options.rounds, options.threads or 1, launch)
+    elif options.what == "bytes":
         for method in METHODS:
             print(f"  {method:16} {bytes_a_step(method):>12,}")
     elif options.what == "operations":
