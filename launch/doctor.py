@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipelines.verifying import count, verify
+from data_pipelines.preparing.verifying import count, verify
 from engine.config import ConfigError
 from engine.config import loading as configuration
 from engine.files import write_json

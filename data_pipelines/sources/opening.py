@@ -1,6 +1,7 @@
 """From what a run says to the two splits of its photos."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from data_pipelines.damage import DataError
@@ -24,7 +25,7 @@ def open_photos(where: Where) -> tuple[Source, Source]:
     Raises:
         DataError: something is missing, empty, damaged or not as expected, or the classes of the splits differ.
     """
-    listed = read_classes(where.classes) if where.classes else None
+    where, listed = _listed(where)
     train = _under(where, listed, _open(where, "train", listed, listed=listed is not None), "train")
     val = _under(where, listed, _open(where, "val", train.classes, listed=listed is not None), "val")
     if train.classes != val.classes:
@@ -47,8 +48,16 @@ def open_validation_alone(where: Where, classes: Sequence[str] | None) -> Source
     Raises:
         DataError: as `open_photos`.
     """
-    listed = read_classes(where.classes) if where.classes else None
+    where, listed = _listed(where)
     return _under(where, listed, _open(where, "val", listed or classes, listed=listed is not None, alone=True), "val")
+
+
+def _listed(where: Where) -> tuple[Where, tuple[str, ...] | None]:
+    """The classes that a file lists: data.classes, or classes.txt beside shards."""
+    beside = where.root / "classes.txt"
+    if where.classes is None and where.dataset == "webdataset" and beside.is_file():
+        where = replace(where, classes=beside)
+    return where, read_classes(where.classes) if where.classes else None
 
 
 def _under(where: Where, listed: tuple[str, ...] | None, source: Source, split: str) -> Source:

@@ -11,7 +11,7 @@ import torch
 
 from data_pipelines import DataConfig, Pipeline, check_files, open_pipeline, open_validation
 from data_pipelines.decoding.choice import dali_installed
-from data_pipelines.verifying import count, verify
+from data_pipelines.preparing.verifying import count, verify
 from tests.data_pipelines import cutting
 from tests.data_pipelines.forms import write_arrow, write_parquet, write_shards
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from data_pipelines.damage import Damaged, UnreadableError
-from data_pipelines.decoding.with_torchvision import decoded, silence
+from data_pipelines.decoding.with_torchvision import silence
+from data_pipelines.preparing.whole import whole
 from data_pipelines.sources.contract import Source
-from data_pipelines.sources.files import measured
 from data_pipelines.sources.opening import open_photos
 from data_pipelines.sources.sections import Where
 
@@ -45,13 +45,7 @@ def _look(sample: tuple[str, Source, int]) -> Damaged | None:
     split, source, index = sample
     path = source.place(index)
     try:
-        content = source.read(index)
-        height, width = measured(content)
-        found = decoded(content).shape[1:]
-        if tuple(found) != (height, width):
-            raise UnreadableError(f"expected {height} x {width} pixels by its header, found {found[0]} x {found[1]}")
+        whole(source.read(index))
     except UnreadableError as error:
         return Damaged(split, path, str(error))
-    except RuntimeError:
-        return Damaged(split, path, f"expected a whole image, found {len(content)} bytes that cannot be decoded")
     return None
