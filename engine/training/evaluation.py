@@ -18,6 +18,7 @@ from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
+from engine.training import calibration
 from engine.training.predictions import Ledger, Predictions
 from losses.capabilities import HeldOutSurveys, Teachers
 
@@ -34,6 +35,8 @@ class Score:
     """Mean cross-entropy, in nats."""
     spread: float
     """How much the probabilities p depend on the image: E|p - E p|^2 / E|p|^2; 0 where all images get the same."""
+    ece: float
+    """Expected calibration error, from 0 to 1, see `engine.training.calibration`."""
     further: tuple[float, ...] = ()
     """As top5, for each further k that was asked for."""
 
@@ -88,11 +91,13 @@ def evaluate(
     # A row for each peer; last row: the ensemble. Columns: right, right among five, right among each further k.
     among = (1, 5, *topk)
     right = torch.zeros(num_peers + 1, len(among), dtype=torch.int64, device=device)
-    # Sums over images: loss, |p|^2 and p of each row of `right`; |z - z'|^2 of all pairs and |z|^2 of all peers.
+    # Sums over images: loss, |p|^2 and p of each row of `right`; |z - z'|^2 of all pairs and |z|^2 of all peers; what
+    # calibration is made of, of each row of `right`.
     classes = pipeline.num_classes
     sizes = [num_peers + 1, num_peers + 1, (num_peers + 1) * classes, len(pairs), num_peers]
+    sizes.append((num_peers + 1) * calibration.BINS)
     sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-    loss, squares, totals, gaps, lengths = sums.split(sizes)
+    loss, squares, totals, gaps, lengths, off = sums.split(sizes)
     # Images, sum of their ids, sum of the squares of their ids; disagreements of all pairs; images that are not there.
     seen = torch.zeros(5, dtype=torch.int64, device=device)
     with _evaluated(networks), torch.inference_mode():
@@ -118,6 +123,7 @@ def evaluate(
                 given = torch.cat([probabilities, probabilities.mean(0, keepdim=True)]).double()
                 squares += given.square().sum((1, 2))
                 totals += given.sum(1).flatten()
+                off += calibration.excess(given, rows.targets).flatten()
                 centred = logits.double() - logits.double().mean(-1, keepdim=True)
                 lengths += centred.square().sum((1, 2))
                 if pairs:
@@ -139,9 +145,10 @@ def evaluate(
     percent = (right.double() * 100 / n).tolist()
     spread = 1 - totals.view(-1, classes).square().sum(1) / (n * squares)
     losses = (loss / max(n - unreadable, 1)).tolist()
+    errors = (off.view(-1, calibration.BINS).abs().sum(1) / max(n - unreadable, 1)).tolist()
     scores = [
-        Score(first, fifth, mean, each, tuple(further))
-        for (first, fifth, *further), mean, each in zip(percent, losses, spread.tolist(), strict=True)
+        Score(first, fifth, mean, each, ece, tuple(further))
+        for (first, fifth, *further), mean, each, ece in zip(percent, losses, spread.tolist(), errors, strict=True)
     ]
     firsts, seconds = (lengths[[pair[side] for pair in pairs]] for side in (0, 1))
     relative = (2 * gaps / (firsts + seconds)).tolist()

@@ -22,6 +22,7 @@ from data_pipelines.resident import ResidentSet
 from engine.ranks.collectives import group_of
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
+from engine.training.calibration import excess
 from engine.training.evaluation import Score, Scores, evaluate
 from tests.worlds import run_world
 
@@ -82,6 +83,7 @@ def by_hand(peers: list[nn.Module], pipeline: ResidentSet) -> Scores:
     """Image by image, in float64."""
     k, n = len(peers), pipeline.eval_size
     right, losses, different = np.zeros((k + 1, 2)), np.zeros(k + 1), 0
+    bins: list[list[list[float]]] = [[[] for _ in range(15)] for _ in range(k + 1)]
     all_p, all_z = [], []
     for network in peers:
         network.eval()
@@ -96,6 +98,7 @@ def by_hand(peers: list[nn.Module], pipeline: ResidentSet) -> Scores:
             order = np.argsort(-q, kind="stable")
             right[i] += [order[0] == y, y in order[:5]]
             losses[i] -= math.log(q[y])
+            bins[i][max(0, math.ceil(15 * q.max()) - 1)].append(q.max() - (order[0] == y))
         different += sum(a.argmax() != b.argmax() for a, b in itertools.combinations(p, 2))
     for network in peers:
         network.train()
@@ -106,8 +109,11 @@ def by_hand(peers: list[nn.Module], pipeline: ResidentSet) -> Scores:
         for z, others in ((z_of[i], [z_of[j] for j in range(k) if j != i]) for i in range(k))
         if others
     ]
+    # |accuracy - confidence| of each bin, by its share of the images.
+    errors = [sum(len(b) / n * abs(float(np.mean(b))) for b in row if b) for row in bins]
     scores = [
-        Score(100 * a / n, 100 * b / n, loss / n, s) for (a, b), loss, s in zip(right, losses, spread, strict=True)
+        Score(100 * a / n, 100 * b / n, loss / n, s, ece)
+        for (a, b), loss, s, ece in zip(right, losses, spread, errors, strict=True)
     ]
     return Scores(scores[:-1], scores[-1], 100 * different / (n * max(math.comb(k, 2), 1)), apart)
 
@@ -117,6 +123,7 @@ def assert_same_scores(found: Scores, expected: Scores) -> None:
         assert (one.top1, one.top5) == pytest.approx((other.top1, other.top5), rel=1e-12)
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         assert one.spread == pytest.approx(other.spread, rel=1e-4)
+        assert one.ece == pytest.approx(other.ece, abs=1e-6)
     assert found.apart == pytest.approx(expected.apart, rel=1e-4)
     assert found.disagreement == pytest.approx(expected.disagreement, rel=1e-12)
 
@@ -213,3 +220,13 @@ def test_autocast_changes_the_loss_a_little(tiny: Path) -> None:
     for one, other in zip(found.peers, expected.peers, strict=True):
         assert one.loss != pytest.approx(other.loss, rel=1e-5)
         assert one.loss == pytest.approx(other.loss, rel=5e-2)
+
+
+def test_calibration_on_paper() -> None:
+    # 0.6 and 0.62 lie in bin (9/15, 10/15] but for 0.6 itself, which ends the one before; 1.0 ends the last.
+    p = torch.tensor([[[0.6, 0.4], [0.38, 0.62], [0.62, 0.38], [1.0, 0.0], [0.9, 0.1]]], dtype=torch.float64)
+    found = excess(p, torch.tensor([0, 0, 0, 0, -1]))
+    expected = torch.zeros(1, 15, dtype=torch.float64)
+    expected[0, 8] = 0.6 - 1
+    expected[0, 9] = 2 * 0.62 - 1
+    torch.testing.assert_close(found, expected)
