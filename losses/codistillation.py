@@ -134,6 +134,17 @@ class Codistillation(LooksAtImages, MeetsAsJobs, Method):
     def shapes_shown(self) -> Sequence[Mapping[str, tuple[int, ...]]]:
         return [{"weights": (sum(x.numel() for x in _state(copy)),)} for copy in self.copies]
 
+    @torch.no_grad()
+    def answers(self, peer: int, shown: Signals, images: Tensor) -> Tensor:
+        copy = self.copies[peer]
+        state = _state(copy)
+        before = flat(state)
+        fill(state, shown["weights"])
+        try:
+            return copy(images)
+        finally:
+            fill(state, before)
+
 
 def _state(network: nn.Module) -> list[Tensor]:
     """Parameters and statistics; counters, which evaluation mode does not look at, stay behind."""

@@ -186,11 +186,18 @@ class Cohort:
         with exact_products(self.device):
             return self.wrapped_method(learners, signals, targets, progress)
 
-    def exchange_after(self, step: int) -> Callable[..., Sequence[Signals]]:
-        """What a method exchanges by after update number `step`."""
-        if self.meeting is not None:
-            return partial(self.meeting, step=step + 1)
-        return partial(self.exchange, wire=torch.float32)
+    def exchange_after(self, step: int, batch: Batch) -> Callable[..., Sequence[Signals]]:
+        """What a method exchanges by after update number `step`, which was done on a batch."""
+        if self.meeting is None:
+            return partial(self.exchange, wire=torch.float32)
+        method, [images] = self.method, self.views_of(batch).values()
+        assert isinstance(method, MeetsAsJobs)
+
+        def answers(peer: int, shown: Signals) -> Tensor:
+            with autocast(self.device, self.autocast):
+                return method.answers(peer, shown, images)
+
+        return partial(self.meeting, step=step + 1, answers=answers)
 
     def update_averages(self, step: int) -> None:
         """Moves the residents' averages and teachers, after update number `step`."""

@@ -4,7 +4,8 @@ takes what the others have left. Nobody waits for anybody.
     MEETING/PEER.safetensors    what PEER has shown last; its header holds the step, the run's config and a SHA-256
 
 Whoever may write to the folder can put anything there. A file is read as tensors and JSON, from which nothing is
-executed, and used only if it is whole, of a peer of this run, of the shapes and format of the method, and finite.
+executed, and used only if it is whole, of a peer of this run, of the shapes and format of the method, finite, and if
+what the peer would answer with it, for images at hand, is finite too and not absurd.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,12 +26,16 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.config.identity import differences, identity_of_cohort, read_identity
-from engine.files import write_bytes
+from engine.files import open_to_read, write_bytes
 from engine.ranks.placement import Placement
 from losses import Signals
 
 LATE = 3
 """Exchanges in a row without anything new, after which a peer is called late. Peers at one pace meet in each."""
+
+ABSURD = 1e6
+"""The largest logit of a copy that one learns from. No network that has learnt something is so sure, and at such a
+distance float32 no longer tells probabilities apart."""
 
 _LONGEST_HEADER = 1 << 20
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError)
@@ -47,7 +52,7 @@ def foreign(config: RunConfig, name: str) -> tuple[str, Any] | None:
     """A key of the config, and its value there, by which what lies in a peer's place is of another run; None where
     nothing of another run lies there."""
     try:
-        with _open(path_of(config, name)) as file:
+        with open_to_read(path_of(config, name)) as file:
             about, _ = _header(file)
         other = differences(read_identity(about["config"]), identity_of_cohort(config))
     except _DAMAGE:
@@ -64,11 +69,22 @@ class _Other:
     shapes: Mapping[str, tuple[int, ...]]
     step: int | None = None
     """Of what was taken last, since this job has been started."""
+    read: int | None = None
+    """Of what was read last, whether or not it could be used, and"""
     sha256: str | None = None
+    """which bits that were."""
     silent: int = 0
     """Exchanges in a row without anything new."""
     unusable: bool = False
     """Whether something was wrong with its file the last time, which has been said."""
+    absurd: bool = False
+    """The same of its answers."""
+
+    def what_stays(self, step: int) -> str:
+        """In words, at a step of this job."""
+        if self.step is None:
+            return "its last copy, if there is one, stays in use"
+        return f"its copy of {_distance(self.step, step)}, stays in use"
 
 
 class Meeting:
@@ -109,30 +125,46 @@ class Meeting:
             _log.warning("%s: not removed: %s", self._path, error)
 
     def __call__(
-        self, own: Mapping[int, Signals], *, step: int, wire: torch.dtype = torch.float32
+        self,
+        own: Mapping[int, Signals],
+        *,
+        step: int,
+        answers: Callable[[int, Signals], Tensor],
+        wire: torch.dtype = torch.float32,
     ) -> Sequence[Signals]:
         """As `losses.capabilities.ExchangeAfterStep`; a peer of which nothing new has come is {}.
 
         Args:
             own: of this job's peer.
             step: how many have been done.
+            answers: the logits that a peer, by its index and with what it shows, would give here.
             wire: number format of the files.
         """
         shown: list[Signals] = [own.get(k, {}) for k in range(self._num_peers)]
         if self._first:
             self._leave(own[self._peer], step, wire)
             for k, other in self._others.items():
-                shown[k] = self._news(other, step, wire)
+                shown[k] = self._read(other, step, wire)
         new: list[Any] = [[k for k in self._others if shown[k]]]
         dist.broadcast_object_list(new, src=0)
         for k in new[0]:
-            shown[k] = {name: self._on_all_ranks(shown[k].get(name), shape) for name, shape in self._shapes[k].items()}
+            there = {name: self._on_all_ranks(shown[k].get(name), shape) for name, shape in self._shapes[k].items()}
+            shown[k] = there if self._can_be_learnt_from(answers(k, there)) else {}
+        for k, other in self._others.items():
+            self._note(other, step, read=k in new[0], taken=bool(shown[k]))
         return shown
 
     def _on_all_ranks(self, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         here = torch.empty(shape, device=self._device) if tensor is None else tensor.float().to(self._device)
         dist.broadcast(here, src=0)
         return here
+
+    def _can_be_learnt_from(self, logits: Tensor) -> bool:
+        """Whether no rank of this job has met anything else in a copy's answers."""
+        unusable = ~(logits.abs().amax() <= ABSURD)  # Nothing is below that is no number.
+        anywhere = unusable.float().reshape(1)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return not anywhere.item()
 
     def _leave(self, own: Signals, step: int, wire: torch.dtype) -> None:
         tensors = {name: x.detach().to(wire).cpu().contiguous() for name, x in own.items()}
@@ -149,13 +181,10 @@ class Meeting:
         except OSError as error:
             _log.warning("step %d: %s: not written: %s; training goes on", step, self._path, error)
 
-    def _news(self, other: _Other, step: int, wire: torch.dtype) -> Signals:
-        """What a peer has left since the last time; {} where there is nothing new that can be used."""
+    def _read(self, other: _Other, step: int, wire: torch.dtype) -> Signals:
+        """What a peer has left since the last time; {} where there is nothing new that can be read."""
         tensors: Signals = {}
         unusable = False
-        late, stays = other.silent >= LATE, "its last copy, if there is one, stays in use"
-        if other.step is not None:
-            stays = f"its copy of {_distance(other.step, step)}, stays in use"
         try:
             tensors = self._take(other, wire)
         except FileNotFoundError:
@@ -163,20 +192,33 @@ class Meeting:
         except _DAMAGE as error:
             unusable = True
             if not other.unusable:
-                why = str(error)[:300] or type(error).__name__
-                _log.warning("step %d: %s: not used: %s; %s", step, other.path, why, stays)
+                why = getattr(error, "strerror", None) or str(error)[:300] or type(error).__name__
+                _log.warning("step %d: %s: not used: %s; %s", step, other.path, why, other.what_stays(step))
         other.unusable = unusable
-        other.silent = 0 if tensors else other.silent + 1
-        if other.silent == LATE:
-            _log.warning("step %d: peer %s: nothing new in %d exchanges; %s", step, other.name, LATE, stays)
-        if tensors and late:
-            _log.warning("step %d: peer %s is back: %s", step, other.name, _distance(other.step or 0, step))
         return tensors
+
+    def _note(self, other: _Other, step: int, *, read: bool, taken: bool) -> None:
+        """Says who is late, back, or absurd: once, by rank 0."""
+        if read and not taken and not other.absurd and self._first:
+            _log.warning(
+                "step %d: peer %s: not used: at step %d it gives answers that are not finite, or above %g, "
+                "to images of this step; %s",
+                *(step, other.name, other.read, ABSURD, other.what_stays(step)),
+            )
+        other.absurd = not taken and (read or other.absurd)
+        late, other.silent = other.silent >= LATE, 0 if taken else other.silent + 1
+        if taken:
+            other.step = other.read
+        if other.silent == LATE and self._first:
+            stays = other.what_stays(step)
+            _log.warning("step %d: peer %s: nothing new in %d exchanges; %s", step, other.name, LATE, stays)
+        if taken and late and self._first:
+            _log.warning("step %d: peer %s is back: %s", step, other.name, _distance(other.step or 0, step))
 
     def _take(self, other: _Other, wire: torch.dtype) -> Signals:
         """Reads and checks what lies in a peer's place, unless it is what was taken last. Raises: one of _DAMAGE."""
         largest = sum(torch.Size(shape).numel() for shape in other.shapes.values()) * wire.itemsize
-        with _open(other.path) as file:
+        with open_to_read(other.path) as file:
             about, header = _header(file)
             if about["sha256"] == other.sha256:
                 return {}
@@ -200,15 +242,8 @@ class Meeting:
             raise ValueError("altered: its SHA-256 is not the one in its header")
         if not all(x.isfinite().all() for x in tensors.values()):
             raise ValueError("holds numbers that are not finite")
-        other.step, other.sha256 = int(about["step"]), about["sha256"]
+        other.read, other.sha256 = int(about["step"]), about["sha256"]
         return tensors
-
-
-def _open(path: Path) -> BinaryIO:
-    # What is no file may make whoever opens it wait. Raises: OSError; ValueError.
-    if path.exists() and not path.is_file():
-        raise ValueError("not a file")
-    return path.open("rb")
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, str], bytes]:

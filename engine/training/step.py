@@ -69,7 +69,7 @@ def train_step(
         cohort.method.after_step(
             AfterStep(
                 residents={k: r.peer for k, r in cohort.residents.items()},
-                exchange=cohort.exchange_after(progress.step),
+                exchange=cohort.exchange_after(progress.step, batches[-1]),
                 average_buffers=cohort.average_buffers,
                 everywhere=everywhere,
                 skipped=skipped,

@@ -28,6 +28,7 @@ from engine.ranks.meeting import LATE, Meeting
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint, loading
 from engine.trainer import train
+from losses import Signals
 from tests.engine.cohort.test_parameters import is_parameter, states_after
 from tests.engine.stepping import CPU, cohort_of, config_of, do_steps, state
 from tests.kills import assert_same_state, final_state, kill_after_step, last_step, numbers, running
@@ -52,6 +53,11 @@ def a_job(tiny: Path, at: Path, peer: str, count: int = 2, interval: int = 5, **
 # -- the same numbers -------------------------------------------------------------------------------------------------
 
 
+def anything(peer: int, shown: Signals) -> Tensor:
+    """Answers of a peer that nobody here learns from."""
+    return torch.zeros(1, 1)
+
+
 def train_beside(config: RunConfig, rows: Mapping[int, list[Tensor]], steps: int) -> list[Any]:
     """States of one job after each step; before each step the others leave what `rows` has for its end."""
     cohort = cohort_of(config)
@@ -67,7 +73,7 @@ def train_beside(config: RunConfig, rows: Mapping[int, list[Tensor]], steps: int
         for k, meeting in others:
             if step + 1 in rows:
                 wire = torch.bfloat16 if getattr(config.method, "wire", "") == "bf16" else torch.float32
-                meeting({k: {"weights": rows[step + 1][k]}}, step=step + 1, wire=wire)
+                meeting({k: {"weights": rows[step + 1][k]}}, step=step + 1, wire=wire, answers=anything)
         do_steps(cohort, [step])
         seen.append(state(cohort))
     return seen
