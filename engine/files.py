@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and are files: whatever else stands in their place is refused."""
 
 from __future__ import annotations
 
@@ -12,28 +12,38 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def open_to_read(path: Path) -> BinaryIO:
-    """Opens a regular file, and neither waits at a pipe or a device nor follows a link in its place.
+def opener(path: str, flags: int) -> int:
+    """For `open`: a regular file, or nothing. It neither waits at a pipe or a device nor follows a link.
 
     Raises:
         OSError: with the path; it is something else, or cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    return os.fdopen(descriptor, "rb")
+        raise OSError(errno.EINVAL, "not a file", path)
+    return descriptor
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """A regular file. Raises: OSError, as `opener`."""
+    return open(path, "rb", opener=opener)
 
 
 def read_bytes(path: Path) -> bytes:
-    """All of a regular file. Raises: OSError, as `open_to_read`."""
+    """All of a regular file. Raises: OSError, as `opener`."""
     with open_to_read(path) as file:
         return file.read()
 
 
+def read_text(path: Path) -> str:
+    """As `read_bytes`. Raises: UnicodeDecodeError."""
+    return read_bytes(path).decode()
+
+
 def sync(path: Path) -> None:
     """Has the disk keep a file or the entries of a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
     finally:
@@ -43,8 +53,10 @@ def sync(path: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes aside, syncs, renames: a reader finds the old file or the new one."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
-    sync(aside)
+    with open(aside, "wb", opener=opener) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)
     sync(path.parent)
 

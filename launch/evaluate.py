@@ -26,7 +26,7 @@ from data_pipelines import DataError, open_validation
 from data_pipelines.order import part
 from engine.cohort.precision import set_precision
 from engine.config import ConfigError
-from engine.files import write_json
+from engine.files import read_text, write_json
 from engine.ranks.choosing import plan_scoring
 from engine.ranks.collectives import Launch, choose_device, group_of, start
 from engine.ranks.exchange import Exchange
@@ -128,7 +128,7 @@ def _files(options: argparse.Namespace) -> dict[str, Path]:
 def _classes(run: Path) -> list[str] | None:
     """The classes that a run was trained on, in the order of its logits; None if it does not say."""
     try:
-        found = json.loads((run / "classes.json").read_text(encoding="utf-8"))
+        found = json.loads(read_text(run / "classes.json"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None

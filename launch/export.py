@@ -19,6 +19,7 @@ import torch
 
 import models
 from engine.config import ConfigError, PeerConfig, RunConfig
+from engine.files import read_text
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint, loading
@@ -97,7 +98,7 @@ def export(
         },
         about={
             "input": {"size": config.data.side, **_shown(config), "mean": list(mean), "std": list(std)},
-            "classes": json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else None,
+            "classes": json.loads(read_text(classes)) if classes.exists() else None,
             "trained": {
                 "run": config.name,
                 "method": config.method.name,

@@ -27,6 +27,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine.config import loading as configuration
+from engine.files import write_text
 from engine.forecast import forecast
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch, choose_device
@@ -122,7 +123,7 @@ def _summarise(folder: Path) -> None:
     with _said("curves.png"):
         curves([folder], folder / "curves.png")
     with _said("table.txt"):
-        (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+        write_text(folder / "table.txt", text + "\n")
     with _said("the table on standard output"):
         print_soon(f"\n{text}\n\n{folder / 'curves.png'}\n")
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from models.registry import LIBRARIES, create
@@ -43,12 +42,11 @@ def save_network(network: nn.Module, path: Path, architecture: dict[str, Any], a
         **about,
     }
     aside, card_aside = (file.with_name(file.name + ".tmp") for file in (weights, path))
-    card_aside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, aside, metadata={"format": "pt"})
-    # safetensors lets nobody but the owner read what it writes.
-    shutil.copymode(card_aside, aside)
-    _settle(aside, weights)
-    _settle(card_aside, path)
+    # In one piece: what safetensors writes itself nobody but the owner may read.
+    _write(aside, save(tensors, metadata={"format": "pt"}))
+    _write(card_aside, (json.dumps(card, indent=2) + "\n").encode())
+    aside.replace(weights)
+    card_aside.replace(path)
 
 
 def load_network(path: Path) -> nn.Module:
@@ -98,10 +96,13 @@ def _is_timm(name: str) -> bool:
     return not any(family.pattern.fullmatch(name) for family in families()) and is_known("timm", name)
 
 
-def _settle(aside: Path, path: Path) -> None:
-    with aside.open("rb") as file:
+def _write(path: Path, content: bytes) -> None:
+    # Whatever an earlier start has left there, or somebody has put there, is not written through.
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def same_outputs(one: nn.Module, other: nn.Module, images: torch.Tensor) -> bool:

@@ -108,7 +108,10 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: it cannot be read, and as `load`.
     """
-    raw = read_with_base(run / "config.yaml")
+    path = run / "config.yaml"
+    if path.is_symlink():
+        raise ConfigError(f"{path}: a link; expected the file that the run has written")
+    raw = read_with_base(path)
     if isinstance(raw.get("data"), dict):
         raw["data"] = with_moved_keys(raw["data"])
     if not any(override.startswith(("dir=", "name=")) for override in overrides):

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.config import ConfigError
+from engine.files import open_to_read
 from engine.ranks.gathering import StoppedEarly
 
 BEAT = 2.0
@@ -101,7 +102,7 @@ class Owner:
         while not self._over.wait(BEAT):
             # A file server that is away for a while; who has taken over meanwhile is found before something is written.
             with contextlib.suppress(OSError):
-                os.utime(self.path)
+                os.utime(self.path, follow_symlinks=False)
 
 
 def take(folder: Path, what: str, asked: Callable[[], int], say: Callable[[str], None]) -> Owner:
@@ -203,11 +204,8 @@ def _wait_for_the_end_of(path: Path, what: str, asked: Callable[[], int], say: C
 def _read(path: Path) -> tuple[dict[str, object], int]:
     """What an owner's file says, {} where it says nothing, and when it was touched last, in ns."""
     # Opened each time: a file server is asked only then what others have done.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        text, touched = os.read(descriptor, _FILE_SIZE), os.fstat(descriptor).st_mtime_ns
-    finally:
-        os.close(descriptor)
+    with open_to_read(path) as file:
+        text, touched = file.read(_FILE_SIZE), os.fstat(file.fileno()).st_mtime_ns
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine.config import RunConfig
 from engine.config.identity import changes
 from engine.config.loading import dump_anywhere
-from engine.files import write_json, write_text
+from engine.files import opener, read_bytes, read_text, write_json, write_text
 from engine.ranks.placement import Placement
 from engine.reporting.aside import Aside
 from engine.reporting.console import Stderr
@@ -36,9 +36,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     """The lines of a file as they stand there, and what they say; None for what is no line of ours."""
-    if not path.is_file():
+    try:
+        content = read_bytes(path)
+    except FileNotFoundError:
         return []
-    return [(text, _parsed(text)) for text in path.read_bytes().split(b"\n") if text]
+    return [(text, _parsed(text)) for text in content.split(b"\n") if text]
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
@@ -106,7 +108,7 @@ def record_start(config: RunConfig, world: int) -> None:
 
 def _earlier_starts(path: Path) -> list[Any]:
     try:
-        starts = json.loads(path.read_text(encoding="utf-8"))
+        starts = json.loads(read_text(path))
     except FileNotFoundError:
         return []
     except (ValueError, RecursionError):
@@ -164,15 +166,15 @@ class MetricsFile:
         if not text:
             return
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", opener=opener) as file:
                 # After opening: a successor puts another file in the place of this one.
                 self._check()
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self._path, self._size)  # A full disk takes a part of a line.
+            with contextlib.suppress(OSError), open(self._path, "r+b", opener=opener) as file:
+                file.truncate(self._size)  # A full disk takes a part of a line.
             self._refusal = f"{self._path}: {error.strerror or error}"
             if not waiting:
                 self._say(f"{self._refusal}; the lines of metrics wait in memory, training goes on")
@@ -268,7 +270,7 @@ def _cut_after(path: Path, step: int) -> str:
         else:
             cut.append(text + b"\n")
     if cut:
-        with path.with_name("metrics.cut.jsonl").open("ab") as aside:
+        with open(path.with_name("metrics.cut.jsonl"), "ab", opener=opener) as aside:
             aside.write(b"".join(cut))
     text_kept = "".join(line + "\n" for line in kept)
     write_text(path, text_kept)

@@ -14,7 +14,7 @@ import yaml
 
 from engine.config import RunConfig
 from engine.config.loading import dump
-from engine.files import write_text
+from engine.files import read_text, write_text
 from engine.reporting.aside import Aside
 
 ROOM = 10_000
@@ -100,7 +100,7 @@ class WandbRun:
         self._run = wandb.init(
             project=config.log.wandb_project,
             name=config.title,
-            id=id_file.read_text(encoding="utf-8").strip(),
+            id=read_text(id_file).strip(),
             dir=str(config.folder),
             mode=config.log.wandb,
             resume="allow",

@@ -28,7 +28,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from engine.cohort.peer import Resident
-from engine.files import write_json
+from engine.files import read_text, write_json
 from models.stages import plain_state
 
 VERSION = 3
@@ -180,9 +180,7 @@ def _parse_manifest(path: Path) -> Manifest:
         reason = "not a file" if path.exists() else "missing; the checkpoint was not finished"
         raise CheckpointError(f"{path}: {reason}")
     try:
-        raw = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once, parse_constant=_refuse_constant
-        )
+        raw = json.loads(read_text(path), object_pairs_hook=_each_key_once, parse_constant=_refuse_constant)
         version, signature = raw.pop("version"), raw.pop("sha256", None)
         if version != VERSION and version not in EARLIER:
             raise CheckpointError(f"{path}: version {version!r}; this program reads version {VERSION}")

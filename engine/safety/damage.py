@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from data_pipelines import Pipeline
 from data_pipelines.damage import Damaged
-from engine.files import write_json
+from engine.files import read_text, write_json
 from engine.ranks.placement import Placement
 
 NAME = "damaged.json"
@@ -63,7 +63,7 @@ def _written(path: Path, met: dict[Damaged, int]) -> str:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        entries: list[dict[str, Any]] = json.loads(read_text(path))
     except (OSError, ValueError):
         return []
     return entries

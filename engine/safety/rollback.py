@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from engine.files import write_json
+from engine.files import read_text, write_json
 from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import CheckpointError, Manifest
 
@@ -40,7 +40,7 @@ def read(run: Path) -> list[Rollback]:
     """
     path = run / "rollbacks.json"
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(read_text(path))
         if not isinstance(entries, list):
             raise TypeError(f"found {type(entries).__name__}")
         return [Rollback(**entry) for entry in entries]

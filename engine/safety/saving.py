@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.cohort.cohort import Cohort
 from engine.config.identity import identity
-from engine.files import sync
+from engine.files import opener, sync
 from engine.ranks.collectives import leave
 from engine.ranks.tables import ShardedTable, parts
 from engine.safety.checkpoint import (
@@ -234,7 +234,7 @@ class _Hashed(io.FileIO):
     """A file that hashes what goes through it, and keeps what the disk answered, which torch.save does not tell."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "w")
+        super().__init__(path, "w", opener=opener)
         self.size, self.sha256 = 0, hashlib.sha256()
         self.refusal: OSError | None = None
 

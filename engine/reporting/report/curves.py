@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.config.loading import load_run
+from engine.files import write_bytes
 from engine.reporting.report.table import evaluations, titles_of
 from engine.reporting.tracking import read_metrics
 
@@ -42,7 +44,9 @@ def curves(runs: Sequence[Path], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
+    write_bytes(path, drawn.getvalue())
     plt.close(figure)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.files import write_bytes
 from engine.reporting.report.comparing import Group, Row
 from engine.reporting.report.runs import Run
 
@@ -39,7 +40,9 @@ def picture(groups: Sequence[Group], path: Path) -> None:
         for each, (title, _, draw) in zip(row, panels, strict=False):
             draw(each)
             each.set_title(f"{group.title}\n{title}" if each is row[0] else title, fontsize="medium", loc="left")
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
+    write_bytes(path, drawn.getvalue())
     plt.close(figure)
 
 
