@@ -1,13 +1,39 @@
 """What sections of a run's `data:` are made of."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Strict
+from pydantic_core import PydanticCustomError
+
+_NAME = 255
+"""Bytes of the longest name, on all file systems that Linux is used with."""
+
+_WHOLE = 4095
+"""Bytes of the longest path that Linux takes."""
+
+
+def _usable(path: Path) -> Path:
+    try:
+        path.expanduser()
+    except RuntimeError:
+        raise PydanticCustomError("path", "a path; no user has the home {home}", {"home": path.parts[0]}) from None
+    sizes = [len(os.fsencode(part)) for part in path.parts]
+    if max(sizes, default=0) > _NAME:
+        limits = {"most": _NAME, "found": max(sizes)}
+        raise PydanticCustomError("path", "names of at most {most} bytes in a path, found one of {found}", limits)
+    whole = len(os.fsencode(path))
+    if whole > _WHOLE:
+        limits = {"most": _WHOLE, "found": whole}
+        raise PydanticCustomError("path", "a path of at most {most} bytes, found {found}", limits)
+    return path
+
 
 # YAML has no paths: this one is read from a string, all else must have its own type.
-AnyPath = Annotated[Path, Strict(False)]
+AnyPath = Annotated[Path, Strict(False), AfterValidator(_usable)]
+"""A path as somebody writes it, with ~ for a home; it need not be there."""
 
 
 class Section(BaseModel):

@@ -211,7 +211,8 @@ def _check_weights(config: RunConfig, *, going_on: bool) -> None:
 
 
 def _check_folder(key: str, folder: Path, wanted: str) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # A link that leads nowhere, or in a circle, is there too.
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "is not a folder" if not there.is_dir() else "may not be written to"
         raise ConfigError(f"{key} = {str(folder)!r}: {there} {what}; expected a place for {wanted}")

@@ -7,11 +7,11 @@ every name; many keep the weights beside an optimiser, and timm and torchvision 
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import re
 import sys
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -66,7 +66,8 @@ def read_weights(path: str, names: Collection[str]) -> tuple[dict[str, Tensor], 
 
 
 def _read(path: str) -> Mapping[str, Any]:
-    if not Path(path).is_file():
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
         raise WeightsError(f"pretrained {path!r}: there is no such file")
     try:
         state: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,10 @@ MAX_VALUES = 100_000
 
 MAX_DEPTH = 50
 """How deep a config may be nested."""
+
+
+MAX_DIGITS = 400
+"""The longest number that is read: more than any that can be meant, and far fewer than take seconds to convert."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,6 +67,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(value) > MAX_DIGITS:
+            where = f"{node.start_mark.name}:{node.start_mark.line + 1}"
+            raise ConfigError(f"{where}: a number of {len(value)} characters; expected at most {MAX_DIGITS}")
         if re.search("[\0\ud800-\udfff]", value):
             where = f"{node.start_mark.name}:{node.start_mark.line + 1}"
             raise ConfigError(f"{where}: {value!r}: expected text that can be written to a file")
@@ -174,7 +182,7 @@ def dump_anywhere(config: RunConfig) -> str:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return str(Path(os.path.expanduser(path)).absolute())
 
 
 def _yaml(raw: Mapping[str, Any]) -> str:

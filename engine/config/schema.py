@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 import models
 from data_pipelines import DataConfig
+from data_pipelines.keys import AnyPath
 from engine.config.frozen import check_frozen
 from engine.config.sections import (
     AnyMethod,
@@ -51,8 +52,8 @@ class RunConfig(Section):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run's name")
-    dir: Path | None = Field(
-        None, strict=False, description="the run's folder; null: runs/NAME; the folder PEER in it where peers are jobs"
+    dir: AnyPath | None = Field(
+        None, description="the run's folder; null: runs/NAME; the folder PEER in it where peers are jobs"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, data order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")

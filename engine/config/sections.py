@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import operator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_pipelines.keys import AnyPath
 from losses import METHODS, MethodOptions
 
 
@@ -174,6 +174,7 @@ class TrainConfig(Section):
     timeout: float = Field(
         300.0,
         gt=0,
+        le=2_000_000,  # Milliseconds are counted in 32 bits.
         description="seconds, after the first step, that ranks wait for one that does not answer before the run fails; "
         "more than writing a checkpoint takes",
     )
@@ -226,8 +227,8 @@ class PlacementConfig(Section):
         "within nodes and signals cross; interleaved: those of all peers in turn, the opposite",
     )
     exchange_dtype: Literal["float32", "bf16"] = Field("float32", description="number format of signals under way")
-    meeting: Path | None = Field(
-        None, strict=False, description="jobs: the folder, seen by all of them, where peers leave their weights"
+    meeting: AnyPath | None = Field(
+        None, description="jobs: the folder, seen by all of them, where peers leave their weights"
     )
     peer: str | None = Field(None, description="jobs: the name of the peer that this job trains")
 

@@ -66,6 +66,42 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "integer_for_bool": ("log.progress=1", "log.progress = 1: expected true or false"),
     "list_for_text": ("name=[3]", "name = [3]: expected text"),
     "integer_for_path": ("dir=3", "dir = 3: expected a path"),
+    "home_of_nobody": (
+        "dir=~nosuchuser/x",
+        "dir = '~nosuchuser/x': expected a path; no user has the home ~nosuchuser",
+    ),
+    "data_in_the_home_of_nobody": (
+        "data.root=~nosuchuser/x",
+        "data.root = '~nosuchuser/x': expected a path; no user has the home ~nosuchuser",
+    ),
+    "long_name": (
+        f"dir=/tmp/{'a' * 300}",
+        f"dir = '/tmp/{'a' * 294}...: expected names of at most 255 bytes in a path, found one of 300",
+    ),
+    "long_path": (
+        f"placement.meeting={'a/' * 2100}b",
+        f"placement.meeting = '{'a/' * 149}a...: expected a path of at most 4095 bytes, found 4201",
+    ),
+    "link_in_a_circle": (
+        "dir={at}/circle/x",
+        "dir = '{at}/circle/x': {at}/circle is not a folder; expected a place for the run's folder",
+    ),
+    "number_of_a_thousand_digits": (
+        f"seed={'9' * 1000}",
+        "override seed:1: a number of 1000 characters; expected at most 400",
+    ),
+    "number_to_the_base_of_sixty": (
+        f"optimizer.lr=1{':59' * 1000}.5",
+        "override optimizer.lr:1: a number of 3003 characters; expected at most 400",
+    ),
+    "number_beyond_any_float": (
+        f"optimizer.lr={'9' * 400}",
+        "",
+    ),
+    "endless_timeout": (
+        "train.timeout=1e15",
+        "train.timeout = 1000000000000000.0: expected a value less than or equal to 2000000",
+    ),
     "value_for_section": ("train=3", "train = 3: expected a section with keys"),
     "nothing_for_section": ("data=", "data = None: expected a section with keys"),
     "value_for_list": ("peers=3", "peers = 3: expected a list"),

@@ -30,6 +30,7 @@ Outcome = tuple[int, str, str]
 def at(tiny: Path, tmp_path: Path) -> Path:
     """A folder with a config, small.yaml, that would run, and its data."""
     shutil.copytree(tiny, tmp_path / "data")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
     (tmp_path / "small.yaml").write_text(CONFIG.format(at=tmp_path))
     return tmp_path
 
