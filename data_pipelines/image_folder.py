@@ -92,7 +92,7 @@ class ImageFolder(Pipeline):
 
     def train(self, epoch: int, first_step: int, rows: Rows, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
-        samples = self._sampling.epoch(epoch)
+        samples = self._sampling.epoch(epoch, self.steps_per_epoch)
         size, augmentation = self.global_batch, self._config.augmentation
         area, ratio = augmentation.crop_area, augmentation.crop_ratio
         side = self._config.training_side(epoch)

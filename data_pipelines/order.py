@@ -22,16 +22,17 @@ _FRACTION = 20
 _PURPOSES = {"policy": 7, "colour": 8, "erasing": 9, "cutout": 10, "mixing": 11}
 
 
-def epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+def epoch_order(seed: int, epoch: int, size: int, turn: int = 0) -> NDArray[np.int64]:
     """Returns the order of an epoch: a permutation int64 [size] of 0 .. size - 1.
 
     Args:
         seed: 0 .. 2**64 - 1.
         epoch: the epoch, from 0.
         size: samples of the split.
+        turn: which of the independent permutations of the epoch, from 0.
     """
     # A stable sort has one right answer even for equal words, so no version of NumPy can answer differently.
-    return np.argsort(_words(seed, _ORDER, epoch, 0, size), kind="stable").astype(np.int64)
+    return np.argsort(_words(seed, _ORDER, epoch, turn, size), kind="stable").astype(np.int64)
 
 
 def class_balanced(

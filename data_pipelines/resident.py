@@ -56,7 +56,7 @@ class ResidentSet(Pipeline):
     def train(self, epoch: int, first_step: int, rows: Rows, views: Sequence[int] = (0,)) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.train`."""
         images, labels = self._train
-        samples, how = self._sampling.epoch(epoch), self._config.augmentation
+        samples, how = self._sampling.epoch(epoch, self.steps_per_epoch), self._config.augmentation
         for step in range(first_step, self.steps_per_epoch):
             columns = [samples[step, :, None]]
             columns += [self._geometry(epoch, step, view) for view in views]

@@ -55,19 +55,22 @@ class Sampling:
         if config.sampler == "class_tuples":
             self.steps = order.class_tuples_steps(self._labels, config.tuples, config.images_per_class)
 
-    def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Returns the samples of an epoch, positions in the training split: int64 [steps, global_batch]."""
+    def epoch(self, epoch: int, steps: int) -> NDArray[np.int64]:
+        """Returns the samples of an epoch, positions in the training split: int64 [steps, global_batch].
+
+        An epoch of more steps than the samples fill, which is that of a run that has lost some, shows all of them in
+        another order when it has shown them once; but for `class_tuples`, which has no more than `self.steps`.
+        """
         config = self._config
         if config.sampler == "class_balanced":
-            drawn = order.class_balanced(
-                self._seed, epoch, self._labels, self.steps, config.tuples, config.images_per_class
-            )
+            drawn = order.class_balanced(self._seed, epoch, self._labels, steps, config.tuples, config.images_per_class)
         elif config.sampler == "class_tuples":
-            drawn = order.class_tuples(self._seed, epoch, self._labels, config.tuples, config.images_per_class)
+            drawn = order.class_tuples(self._seed, epoch, self._labels, config.tuples, config.images_per_class)[:steps]
         else:
-            shuffled = order.epoch_order(self._seed, epoch, len(self._labels))
-            different = config.global_batch // config.repeats
-            drawn = shuffled[: self.steps * different].reshape(self.steps, different)
+            different, size = config.global_batch // config.repeats, len(self._labels)
+            turns = range(-(-steps * different // size))
+            shuffled = np.concatenate([order.epoch_order(self._seed, epoch, size, turn) for turn in turns])
+            drawn = shuffled[: steps * different].reshape(steps, different)
             # The repeats of a batch one after another: an image's neighbour, with which it may be mixed, is another.
             drawn = np.tile(drawn, (1, config.repeats))
         return self.trained_on[drawn]

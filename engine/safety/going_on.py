@@ -72,7 +72,7 @@ def _check_same_data(config: RunConfig, manifest: Manifest, pipeline: Pipeline) 
         raise ConfigError(
             f"{what}: {restore}; or, if files were added or lost and that is meant, "
             f"checkpoint.data_may_change=true goes on: an epoch keeps its {steps} steps, and shows images of those "
-            "that are there now"
+            "that are there now, some of them twice if they are too few"
         )
     return [f"going on with other data: {name}: {before} -> {now}" for name, (before, now) in changed.items()]
 
@@ -81,10 +81,12 @@ def _hindrance(config: RunConfig, changed: dict[str, Any], before: int, now: int
     """Why a run cannot go on with other data even if its user wants it to."""
     if "classes" in changed:
         return "labels mean other classes now, so it cannot go on"
-    if before > now:
-        return f"an epoch of this run has {before} steps of {config.data.global_batch} images; what is left makes {now}"
     if issubclass(METHODS[config.method.name], Tables):
         return f"{config.method.name} remembers each training image by its number, so it cannot go on"
+    if before > now and config.data.sampler == "class_tuples":
+        return (
+            f"an epoch of this run has {before} steps; what is left makes {now}, and class_tuples shows no image twice"
+        )
     if config.data.held_out:
         return "images that were held out would be trained on (data.held_out), so it cannot go on"
     return None
