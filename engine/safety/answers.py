@@ -88,9 +88,9 @@ def _act(
     alert: Alert | None,
 ) -> None:
     limit = config.health.max_rollbacks
+    # The update before may be the one that did it: its own loss was taken before it.
+    start = min(begin, rollback.before(rollbacks, found.first))
     if config.health.rollback and len(rollbacks) < limit:
-        # The update before may be the one that did it: its own loss was taken before it.
-        start = min(begin, rollback.before(rollbacks, found.first))
         if alert:
             rollback.write(config.folder, [*rollbacks, Rollback(start, step, found.text)])
             alert(
@@ -105,7 +105,8 @@ def _act(
             f"Try {REMEDIES}"
         )
     if found.ends_run:
-        raise TrainingDivergedError(f"{found.text}. The last checkpoint is from before; try {REMEDIES}")
+        before = f"Checkpoints of up to step {start} are from before" if start else "No checkpoint is from before"
+        raise TrainingDivergedError(f"{found.text}. {before}; try {REMEDIES}")
     if alert:
         alert("loss spike", f"{found.text}. Should it stay: try {REMEDIES}, or health.rollback = true")
 
