@@ -69,6 +69,9 @@ def start(launch: Launch, device: torch.device, asked: Callable[[], int] = lambd
     word, store = "", dist.HashStore()  # type: ignore[attr-defined]
     if "RANK" in os.environ:
         word, store = gather(launch.rank, launch.world, asked)
+    else:
+        # Or a process alone would listen where its machine's name leads to, and be heard on a network.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +69,33 @@ def listens(pid: int) -> set[str]:
             mine.add(os.readlink(path))
     lines = [line.split() for t in ("tcp", "tcp6") for line in Path(f"/proc/net/{t}").read_text().splitlines()[1:]]
     return {f[1].partition(":")[0] for f in lines if f[3] == "0A" and f"socket:[{f[9]}]" in mine}
+
+
+ALONE = """
+import os, socket, torch
+from engine.ranks.collectives import Launch, start
+from tests.launch.test_ranks import listens
+start(Launch(0, 0, 1), torch.device("cpu"))
+print(socket.gethostbyname(socket.gethostname()), sorted(listens(os.getpid())))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_alone_listens_to_itself_wherever_the_name_of_its_machine_leads(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # which sends nothing
+            address = probe.getsockname()[0]
+        except OSError:
+            pytest.skip("this machine is on no network")
+    (tmp_path / "hosts").write_text(f"{address} somewhere\n")
+    # A name and a table of names of its own, which take root.
+    named = f"mount --bind {tmp_path}/hosts /etc/hosts && hostname somewhere && exec {sys.executable} -c '{ALONE}'"
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "GLOO_SOCKET_IFNAME")}
+    done = subprocess.run(["unshare", "-um", "sh", "-c", named], cwd=ROOT, env=env, capture_output=True, text=True)
+    if "unshare: unshare failed" in done.stderr:
+        pytest.skip("no namespaces here")
+    assert done.stdout == f"{address} ['0100007F']\n", done.stderr
 
 
 def test_nobody_else_can_reach_it_a_rank_that_dies_is_replaced_and_sigusr1_saves(tiny: Path, tmp_path: Path) -> None:
