@@ -12,7 +12,7 @@ import torch
 
 def seed_for(*words: int) -> int:
     """A 63-bit seed from a sequence of non-negative integers."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 @dataclass(frozen=True)
