@@ -7,12 +7,20 @@ BIN := $(VENV)/bin
 # Two processes on two cores: one thread each.
 TWO := OMP_NUM_THREADS=1 $(BIN)/python launch/ranks.py --nproc-per-node=2
 
-.PHONY: help setup quickstart test test-slurm lint clean
+OLDEST := .venv-oldest
+# A minute or two, of what talks to other packages.
+WHERE_VERSIONS_MATTER := tests/data_pipelines/test_order.py tests/data_pipelines/test_bad_files.py \
+  tests/data_pipelines/test_resident.py tests/engine/config/test_config.py tests/engine/reporting \
+  tests/engine/cohort/test_optim.py tests/engine/cohort/test_parameter_groups.py tests/engine/training/test_step.py \
+  tests/models/test_weight_files.py tests/launch/test_train.py tests/launch/test_export.py
+
+.PHONY: help setup quickstart test test-oldest test-slurm lint clean
 
 help:
 	@echo "make setup       install everything into .venv (a few GB, some minutes the first time)"
 	@echo "make quickstart  train two small networks alone and then teaching each other, and compare them"
 	@echo "make test        lint, types, import rules and tests"
+	@echo "make test-oldest some of the tests with the oldest versions that setup.py allows (Python 3.10 to 3.12)"
 	@echo "make test-slurm  tests of jobs on a real Slurm of two virtual nodes, which it installs and starts here (as root)"
 	@echo "make clean       remove .venv and caches; runs/ stays"
 
@@ -48,8 +56,16 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest
 
+# With torch and whatever is not named in setup.py as .venv has them: those are gigabytes.
+test-oldest: setup
+	@$(PYTHON) -m venv --clear $(OLDEST)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(OLDEST)/others.pth
+	@mv $(OLDEST)/others.pth $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check $$($(BIN)/python tests/oldest.py torch torchvision)
+	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest $(WHERE_VERSIONS_MATTER)
+
 test-slurm: setup
 	tests/slurm/cluster.sh run $(BIN)/python -m pytest -m slurm tests/slurm
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
