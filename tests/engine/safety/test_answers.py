@@ -95,8 +95,8 @@ SCORES = {"val/a/loss": float("nan"), "val/a/top1": 10.0, "ema/a/loss": float("i
 
 def test_an_evaluation_that_is_no_number_ends_the_run(said: list[tuple[str, str]]) -> None:
     text = (
-        "^step 9: the evaluation gave val/a/loss = nan: the weights have diverged. Checkpoints of up to step 5 are from "
-        "before"
+        "^step 9: the evaluation gave val/a/loss = nan: the weights have diverged. "
+        "Checkpoints of up to step 5 are from before"
     )
     with pytest.raises(TrainingDivergedError, match=text):
         answer_scores(config_of(), [], SCORES, 6, 9, lambda *text: said.append(text))
