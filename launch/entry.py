@@ -32,7 +32,7 @@ def user_errors(launch: Launch) -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError, CheckpointError, WeightsError, TrainingDivergedError, FileNotFoundError) as error:
-        _say(launch, str(error))
+        _say(launch, _reason(error))
         sys.exit(2)
     except NotSavedError as error:
         _say(launch, str(error))
@@ -40,8 +40,14 @@ def user_errors(launch: Launch) -> Iterator[None]:
     except OSError as error:
         # torchrun says at its end which rank failed first, and of what.
         get_error_handler().record_exception(error)
-        _say(launch, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        _say(launch, _reason(error))
         sys.exit(1)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _say(launch: Launch, message: str) -> None:

@@ -95,23 +95,23 @@ def main() -> None:
             values = score(networks, config, exchange, placement, pipeline, device, kept if files else None, bar.update)
         pipeline.close()
         dist.destroy_process_group()
-    if launch.rank == 0:
-        print(f"{run}, step {manifest.step}, {pipeline.eval_size} images, {placement}")
-        if remark:
-            print(f"  {remark}")
-        width = max(map(len, values))
-        for key, value in values.items():
-            print(f"  {key:{width}} {value:10.4f}")
-        print(EXPLAINED)
-        if options.json:
-            write_json(options.json, {"step": manifest.step, "images": pipeline.eval_size, **values})
-        about = [*(name for name, _ in config.trained), "ensemble"], pipeline.class_names
-        if "predictions" in files:
-            write_images(files["predictions"], kept, *about, pipeline.eval_path)
-        if "per-class" in files:
-            write_classes(files["per-class"], kept, *about, pipeline.num_classes)
-        if "confusion" in files:
-            write_confusion(files["confusion"], kept, *about, pipeline.num_classes)
+        if launch.rank == 0:
+            print(f"{run}, step {manifest.step}, {pipeline.eval_size} images, {placement}")
+            if remark:
+                print(f"  {remark}")
+            width = max(map(len, values))
+            for key, value in values.items():
+                print(f"  {key:{width}} {value:10.4f}")
+            print(EXPLAINED)
+            if options.json:
+                write_json(options.json, {"step": manifest.step, "images": pipeline.eval_size, **values})
+            about = [*(name for name, _ in config.trained), "ensemble"], pipeline.class_names
+            if "predictions" in files:
+                write_images(files["predictions"], kept, *about, pipeline.eval_path)
+            if "per-class" in files:
+                write_classes(files["per-class"], kept, *about, pipeline.num_classes)
+            if "confusion" in files:
+                write_confusion(files["confusion"], kept, *about, pipeline.num_classes)
 
 
 def _files(options: argparse.Namespace) -> dict[str, Path]:

@@ -190,14 +190,8 @@ class Cohort:
         """What a method exchanges by after update number `step`, which was done on a batch."""
         if self.meeting is None:
             return partial(self.exchange, wire=torch.float32)
-        method, [images] = self.method, self.views_of(batch).values()
-        assert isinstance(method, MeetsAsJobs)
-
-        def answers(peer: int, shown: Signals) -> Tensor:
-            with autocast(self.device, self.autocast):
-                return method.answers(peer, shown, images)
-
-        return partial(self.meeting, step=step + 1, answers=answers)
+        [images] = self.views_of(batch).values()
+        return partial(self.meeting, step=step + 1, answers=partial(_answers, self, images))
 
     def update_averages(self, step: int) -> None:
         """Moves the residents' averages and teachers, after update number `step`."""
@@ -233,6 +227,13 @@ class Cohort:
         statistics = [module for module in self.method.modules() if isinstance(module, _BatchNorm) and module.training]
         trunk = [self.trunk.module] if self.trunk else []
         average(floats([*trunk, *statistics]), dist.group.WORLD)
+
+
+def _answers(cohort: Cohort, images: Tensor, peer: int, shown: Signals) -> Tensor:
+    """The logits that a peer of another job would give as it has shown itself."""
+    assert isinstance(cohort.method, MeetsAsJobs)
+    with autocast(cohort.device, cohort.autocast):
+        return cohort.method.answers(peer, shown, images)
 
 
 def open_cohort(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 import subprocess
 import sys
@@ -154,6 +155,16 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
     assert err == (
         f"error: {tmp_path}: not a run's folder: it has no config.yaml; expected a folder that train.py wrote\n"
     )
+
+
+@pytest.mark.parametrize(("command", "option"), [("export", "--out"), ("report", "--out"), ("evaluate", "--json")])
+def test_where_nothing_can_be_written_that_is_said_with_the_path(
+    run: Path, tmp_path: Path, command: str, option: str
+) -> None:
+    (tmp_path / "file").touch()
+    code, _, err = run_command(command, str(run), option, str(tmp_path / "file" / "x"), check=False)
+    assert code == 1
+    assert re.fullmatch(rf"error: {tmp_path}/file/x[.a-z]*: Not a directory\n", err.splitlines(keepends=True)[-1]), err
 
 
 def test_config_of_the_run_is_complete(run: Path) -> None:
