@@ -62,7 +62,7 @@ test-oldest: setup
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(OLDEST)/others.pth
 	@mv $(OLDEST)/others.pth $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check $$($(BIN)/python tests/oldest.py torch torchvision)
-	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest $(WHERE_VERSIONS_MATTER)
+	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -W ignore::DeprecationWarning $(WHERE_VERSIONS_MATTER)
 
 test-slurm: setup
 	tests/slurm/cluster.sh run $(BIN)/python -m pytest -m slurm tests/slurm

@@ -77,7 +77,7 @@ _KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no_pixels": (_without_pixels, "expected an image, found 0 x 0 pixels|found a file that is neither"),
     "undecodable": (_undecodable, r"expected a whole image, found \d+ bytes that cannot be decoded"),
     "enormous": (_enormous, r"expected a smaller image: Image size \(180015000 pixels\) exceeds limit"),
-    "comment": (_with_a_large_comment, "found a beginning that cannot be read: Decompressed data too large"),
+    "comment": (_with_a_large_comment, "cannot be read: Decompressed data too large|expected a (JPEG|smaller)"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
 }
 
