@@ -15,8 +15,7 @@ from pydantic import (
 
 from data_pipelines.augmentation.sections import Augmentations
 from data_pipelines.augmentation.spatial import BLUR
-from data_pipelines.keys import Only, Section
-from data_pipelines.paths import UserPath
+from data_pipelines.keys import AnyPath, Only, Section
 from data_pipelines.sources.sections import OF_PHOTOS, SourceConfig
 from data_pipelines.sources.standard_sets import STANDARD
 
@@ -170,7 +169,7 @@ class DataConfig(SourceConfig):
         description="Part of the training images of each class that is used, at least one; which, the seed says, and a "
         "smaller part lies within a larger one.",
     )
-    class_weights: Literal["balanced"] | list[float] | UserPath | None = Field(
+    class_weights: Literal["balanced"] | list[float] | AnyPath | None = Field(
         default=None,
         description="How much an image counts in the loss by its class, scaled to a mean of 1 over the training "
         "images: balanced (as the inverse of the number of images), a list in the order of the classes, or a file with "
