@@ -66,6 +66,10 @@ _LATER_KEYS = (
     "on_error",
     "max_bad",
     "image.training_sizes",
+    "image.interpolation",
+    "image.eval_interpolation",
+    "image.of_networks",
+    "augmentation.erasing.max_count",
     *(f"augmentation.{name}" for name in Augmentations.model_fields),
 )
 """Keys that earlier versions did not have: where they have their defaults they are not written, so that a run of such a
@@ -81,11 +85,28 @@ class ImageConfig(Section):
     resize: Annotated[int, OF_PHOTOS] = Field(
         default=256, ge=1, description="Shorter side before the validation crop, in pixels (photos)."
     )
+    interpolation: Annotated[Literal["bilinear", "bicubic"], OF_PHOTOS] = Field(
+        default="bilinear", description="How photos are scaled, always with antialiasing (photos)."
+    )
+    eval_interpolation: Annotated[Literal["bilinear", "bicubic"] | None, OF_PHOTOS] = Field(
+        default=None, description="Likewise for validation; null: as interpolation (photos)."
+    )
+    of_networks: Annotated[bool, OF_PHOTOS] = Field(
+        default=False,
+        description="Whether size, resize, eval_interpolation, mean and std are those that timm's pretrained_cfg or "
+        "torchvision's weights state for the networks, in the place of what is said here; the run's config.yaml "
+        "then has the numbers (photos).",
+    )
     training_sizes: Annotated[tuple[_Stage, ...], Strict(False), OF_PHOTOS] = Field(
         default=(),
         description="[epoch, size] pairs: from which epoch on, counted from 0, training images have another size, such "
         "as [[0, 128], [30, 176], [60, 224]]; [] for image.size all along (photos).",
     )
+
+    @property
+    def for_validation(self) -> str:
+        """How photos are scaled for validation."""
+        return self.eval_interpolation or self.interpolation
 
 
 class AugmentationConfig(Augmentations):

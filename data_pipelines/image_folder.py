@@ -123,7 +123,7 @@ class ImageFolder(Pipeline):
         # A photo of several views is decoded once, and then as a whole. A window is decoded without the colours beyond
         # its edges, so a rank that asks for one view where others ask for more has to decode the whole as well.
         whole = self._config.views == "per_peer"
-        plan = Plan(largest, len(views), whole, side)
+        plan = Plan(largest, len(views), whole, side, self._config.image.interpolation == "bicubic")
         return self._batches(
             self._train, prepare, range(first_step, self.steps_per_epoch), plan, swap if sharing else None
         )
@@ -153,7 +153,7 @@ class ImageFolder(Pipeline):
             work = Work(read.ids, read.encoded, corners, shapes, scaled, cuts, flips)
             return _Prepared(work, np.where(read.readable, files.source.labels[read.ids], -1), None)
 
-        plan = Plan(batch, 1, False, self.image_size)
+        plan = Plan(batch, 1, False, self.image_size, self._config.image.for_validation == "bicubic")
         return self._batches(files, prepare, range(mine.start, mine.stop, batch), plan)
 
     def close(self) -> None:

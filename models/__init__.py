@@ -2,7 +2,7 @@
 
 from models.errors import UnknownNetwork, WeightsError
 from models.exported import ExportError, load_network, same_outputs, save_network
-from models.features import parameter_count, pooled_features
+from models.features import classifier_weights, parameter_count, pooled_features
 from models.registry import check, create, names
 from models.trying import try_images
 
@@ -11,6 +11,7 @@ __all__ = [
     "UnknownNetwork",
     "WeightsError",
     "check",
+    "classifier_weights",
     "create",
     "load_network",
     "names",

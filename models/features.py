@@ -52,6 +52,20 @@ def pooled_features(network: nn.Module) -> tuple[str, int]:
     return name, linears[-1].in_features
 
 
+def classifier_weights(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a network's classifier: what timm's `get_classifier()` gives, or the linear layer that the
+    pooled feature goes into; none where it has neither."""
+    if hasattr(network, "get_classifier"):
+        found = cast("Callable[[], Any]", network.get_classifier)()
+        parts = found if isinstance(found, (tuple, list)) else [found]
+        return [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
+    try:
+        name, _ = pooled_features(network)
+    except ValueError:
+        return []
+    return list(network.get_submodule(name).parameters())
+
+
 def _describe(head: Any) -> str:
     if isinstance(head, (tuple, list)):
         return f"({', '.join(type(part).__name__ for part in head)})"

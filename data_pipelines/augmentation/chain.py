@@ -132,8 +132,8 @@ class Augmenter:
             drawn = uniforms("cutout", erasing.CUTOUT_COLUMNS)
             boxes.append((erasing.cutout_boxes(config.cutout, drawn, rows, side), "const"))
         if config.erasing.prob:
-            drawn = uniforms("erasing", erasing.ERASING_COLUMNS)
-            boxes.append((erasing.erasing_boxes(config.erasing, drawn, rows, side), config.erasing.mode))
+            drawn = uniforms("erasing", erasing.columns(config.erasing))
+            boxes += [(each, config.erasing.mode) for each in erasing.erasing_boxes(config.erasing, drawn, rows, side)]
         done = [each for each in done if len(each.rows)]
         return _View(
             [each.parts for each in done],

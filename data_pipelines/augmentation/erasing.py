@@ -15,7 +15,7 @@ from data_pipelines.order import Rows
 _TRIES = 10
 _AREAS, _RATIOS = slice(0, _TRIES), slice(_TRIES, 2 * _TRIES)
 _TOP, _LEFT, _WHETHER, _SEED = range(2 * _TRIES, 2 * _TRIES + 4)
-ERASING_COLUMNS = 2 * _TRIES + 4
+_OF_ONE = 2 * _TRIES + 4
 CUTOUT_COLUMNS = 2
 _LEVELS = 1 << 16
 _MASK = (1 << 32) - 1
@@ -36,17 +36,39 @@ class Boxes:
     seeds: NDArray[np.int64]
 
 
-def erasing_boxes(erasing: ErasingConfig, uniforms: NDArray[np.float64], rows: Rows, side: int) -> Boxes:
-    """Returns where the rows of a rank are erased: the first of ten tries that is smaller than the image.
+def columns(erasing: ErasingConfig) -> int:
+    """Uniform numbers that an image needs."""
+    return erasing.max_count * _OF_ONE + (erasing.max_count > 1)
+
+
+def erasing_boxes(erasing: ErasingConfig, uniforms: NDArray[np.float64], rows: Rows, side: int) -> list[Boxes]:
+    """Returns where the rows of a rank are erased, one rectangle of each after another: the first of ten tries that is
+    smaller than the image. Of m rectangles each takes 1/m of the area that is drawn for it.
 
     Args:
-        erasing: how often, how large.
-        uniforms: in [0, 1), for the global batch: float64 [G, ERASING_COLUMNS].
+        erasing: how often, how large, how many.
+        uniforms: in [0, 1), for the global batch: float64 [G, columns(erasing)].
         rows: of it.
         side: of the images, in pixels.
     """
+    counts = np.ones(len(uniforms))
+    if erasing.max_count > 1:
+        counts += np.floor(uniforms[:, -1] * erasing.max_count)
+    erased = uniforms[:, _WHETHER] < erasing.prob
+    parts = (uniforms[:, at * _OF_ONE : (at + 1) * _OF_ONE] for at in range(erasing.max_count))
+    return [_boxes(erasing, part, erased & (at < counts), counts, rows, side) for at, part in enumerate(parts)]
+
+
+def _boxes(
+    erasing: ErasingConfig,
+    uniforms: NDArray[np.float64],
+    erased: NDArray[np.bool_],
+    counts: NDArray[np.float64],
+    rows: Rows,
+    side: int,
+) -> Boxes:
     low, high = erasing.area
-    area = (low + uniforms[:, _AREAS] * (high - low)) * side * side
+    area = (low + uniforms[:, _AREAS] * (high - low)) * side * side / counts[:, None]
     low, high = np.log(erasing.ratio)
     ratio = np.exp(low + uniforms[:, _RATIOS] * (high - low))
     tries = np.rint(np.sqrt(np.stack([area * ratio, area / ratio], 2)))
@@ -55,8 +77,8 @@ def erasing_boxes(erasing: ErasingConfig, uniforms: NDArray[np.float64], rows: R
     first = np.floor(uniforms[:, [_TOP, _LEFT]] * (side - sizes + 1))
     edges = np.stack([first[:, 0], (first + sizes)[:, 0], first[:, 1], (first + sizes)[:, 1]], 1).astype(np.int64)
     seeds = (uniforms[:, _SEED] * (1 << 32)).astype(np.int64)
-    erased = np.flatnonzero(((uniforms[:, _WHETHER] < erasing.prob) & fits.any(1))[rows])
-    return Boxes(erased, edges[rows][erased], seeds[rows][erased])
+    mine = np.flatnonzero((erased & fits.any(1))[rows])
+    return Boxes(mine, edges[rows][mine], seeds[rows][mine])
 
 
 def cutout_boxes(length: int, uniforms: NDArray[np.float64], rows: Rows, side: int) -> Boxes:

@@ -75,9 +75,12 @@ class ColorJitterConfig(Section):
 
 
 class ErasingConfig(Section):
-    """timm's random erasing: a rectangle of the normalised image is painted over."""
+    """timm's random erasing: rectangles of the normalised image are painted over."""
 
-    prob: float = Field(0.0, ge=0, le=1, description="probability that an image has a rectangle")
+    prob: float = Field(0.0, ge=0, le=1, description="probability that an image has rectangles")
+    max_count: int = Field(
+        1, ge=1, le=16, description="most rectangles of an image, which share the area; from 1 on all are as likely"
+    )
     mode: Literal["const", "rand", "pixel"] = Field(
         "pixel", description="const: 0, which is the mean; rand: one normal colour; pixel: normal noise"
     )

@@ -37,6 +37,7 @@ class Plan:
     views: int  # outputs of a photo
     whole: bool  # whether a photo is decoded as a whole, once, and all windows are cut out of that
     side: int  # of an output, in pixels
+    cubic: bool = False  # whether windows are resized by bicubic rather than bilinear interpolation
 
 
 class Decoder(Protocol):

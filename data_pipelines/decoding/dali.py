@@ -50,7 +50,8 @@ class Graph:
                     images = fn.slice(photos, **window)
                 else:
                     images = fn.decoders.image_slice(encoded, **window, **decoding)
-                images = fn.resize(images, size=scaled, antialias=True)
+                how = types.INTERP_CUBIC if plan.cubic else types.INTERP_LINEAR
+                images = fn.resize(images, size=scaled, antialias=True, interp_type=how)
                 images = fn.slice(images, start=cuts, shape=[plan.side, plan.side], axis_names="HW")
                 outputs.append(fn.flip(images, horizontal=numbers(f"flips{view}", 0), vertical=0))
             return *outputs, fn.external_source(name="ids", dtype=types.INT64, ndim=0)

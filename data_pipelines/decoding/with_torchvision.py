@@ -47,7 +47,11 @@ class TorchvisionDecoder:
         window = pixels[:, top : top + height, left : left + width].unsqueeze(0)
         window = window.contiguous(memory_format=torch.channels_last)  # which is resized in one go, not by channels
         scaled = torch.nn.functional.interpolate(
-            window, work.scaled[index].tolist(), mode="bilinear", antialias=True, align_corners=False
+            window,
+            work.scaled[index].tolist(),
+            mode="bicubic" if self._plan.cubic else "bilinear",
+            antialias=True,
+            align_corners=False,
         )
         (top, left), side = work.cuts[index].tolist(), self._plan.side
         shown = scaled[0, :, top : top + side, left : left + side]

@@ -141,6 +141,7 @@ class Builder:
             unsynchronised=frozenset(names[id(p)] for p in unsynchronised),
             optimizer=self.optimizer(peer, config, said) if own.learns else None,
             parameters=list(peer.parameters()),
+            classifier=frozenset(models.classifier_weights(whole)),
             outer={names[id(p)]: p for p in outer},
             outer_optimizer=outer_optimizer,
             ema=ema,

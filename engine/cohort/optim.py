@@ -12,6 +12,7 @@ import timm.optim
 import torch
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
 from engine.cohort.parameter_groups import GROUPING, Said, parameter_groups
@@ -123,7 +124,9 @@ def make_schedule(
         num_epochs=steps - warmup if config.warmup_prefix else steps,
         # timm lets the rate fall before update u where u + 1 reaches the milestone. The first update at or after it is
         # meant; the half keeps rounding from making it the one after.
-        decay_milestones=[math.ceil(round(m * steps_per_epoch, 6)) + 0.5 for m in config.milestones],
+        decay_milestones=[
+            math.ceil(round(m * steps_per_epoch, 6)) + 0.5 for m in config.falls(steps / steps_per_epoch)
+        ],
         decay_rate=config.gamma,
         min_lr=config.min_lr,
         warmup_epochs=warmup,
@@ -147,6 +150,12 @@ def rate_of(optimizer: torch.optim.Optimizer) -> float:
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm of all gradients together; non-finite where one of them is."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_units(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171, eq. 3), as timm has it: the gradient G_i of a
+    unit, a row of a weight or a whole vector, is scaled to at most `factor` times max(|W_i|, 1e-3)."""
+    adaptive_clip_grad(parameters, factor)
 
 
 def unscale(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.GradScaler) -> None:

@@ -62,6 +62,8 @@ class Resident:
     """None of a frozen peer, of which nothing changes."""
     parameters: list[nn.Parameter]
     """Of the peer, in its order; to walk through its modules in every step would take longer than a small step."""
+    classifier: frozenset[nn.Parameter]
+    """Those of them that are the network's classifier."""
     unsynchronised: frozenset[str]
     """Names of those parameters of the peer that its replicas do not have in common."""
     outer: dict[str, nn.Parameter]

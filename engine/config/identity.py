@@ -40,12 +40,12 @@ NUMBERS_DO_NOT_DEPEND_ON = {
 }
 """What may change between two starts of a run; null stands for a whole section."""
 
-DOUBTFUL = ("optimizer.lr", "schedule.", "train.clip_norm", "train.ema_decay", "train.ema_warmup")
+DOUBTFUL = ("optimizer.lr", "schedule.", "train.clip_norm", "train.clip_factor", "train.ema_decay", "train.ema_warmup")
 """What may change where `checkpoint.recipe_may_change` says that it is meant; all else may not."""
 
 _LATER_KEYS: dict[str, dict[str, Any]] = {
-    "train": {"loss": "cross_entropy", "bce_threshold": None, "bce_sum": False},
-    "schedule": {"warmup_prefix": False},
+    "train": {"loss": "cross_entropy", "bce_threshold": None, "bce_sum": False, "clip_factor": None},
+    "schedule": {"warmup_prefix": False, "every": None},
 }
 """Keys that earlier versions did not write, and what they did."""
 

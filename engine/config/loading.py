@@ -17,6 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from data_pipelines.config import with_moved_keys
 from engine.config import ConfigError, PeerConfig, RunConfig
 from engine.config.explaining import explain, section_of
+from engine.config.own_images import with_own_images
 from losses import METHODS
 
 MAX_BYTES = 1 << 20
@@ -157,7 +158,10 @@ def _is_text(key: str) -> bool:
 def validate(raw: Mapping[str, Any]) -> RunConfig:
     """Makes a run of plain data. Raises: ConfigError, with a line for each mistake."""
     try:
-        return TypeAdapter(RunConfig).validate_python(dict(raw))
+        config = TypeAdapter(RunConfig).validate_python(dict(raw))
+        if config.data.image.of_networks:
+            config = TypeAdapter(RunConfig).validate_python(with_own_images(config))
+        return config
     except ValidationError as error:
         lines = [explain(details, raw) for details in error.errors()]
         raise ConfigError("\n".join(lines)) from None

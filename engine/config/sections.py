@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -106,7 +107,10 @@ class ScheduleConfig(Section):
 
     name: Literal["step", "cosine", "constant"] = Field("cosine", description="step falls by gamma at each milestone")
     milestones: list[Annotated[float, Field(gt=0)]] = Field([], description="step: epochs done when the rate falls")
-    gamma: float = Field(0.1, gt=0, le=1, description="step: factor at each milestone")
+    every: float | None = Field(
+        None, gt=0, description="step: it falls after every so many epochs, in the place of milestones"
+    )
+    gamma: float = Field(0.1, gt=0, le=1, description="step: factor of each fall")
     min_lr: float = Field(0.0, ge=0, description="cosine: where it ends")
     warmup_epochs: float = Field(0, ge=0, description="epochs of linear warm-up at the start")
     warmup_lr: float = Field(1e-5, ge=0, description="where the warm-up starts")
@@ -118,8 +122,13 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> ScheduleConfig:
-        if self.name == "step" and not self.milestones:
+        if self.name == "step" and not self.milestones and self.every is None:
             raise ValueError("milestones = []: name = step needs at least one epoch, such as [60, 120, 180]")
+        if self.every is not None and (self.name != "step" or self.milestones):
+            raise ValueError(
+                f"every = {self.every}: only name = step without milestones falls so, found name = {self.name}, "
+                f"milestones = {self.milestones}"
+            )
         if self.name != "step" and self.milestones:
             raise ValueError(
                 f"milestones = {self.milestones}: only name = step has milestones, found name = {self.name}"
@@ -129,6 +138,12 @@ class ScheduleConfig(Section):
         if self.milestones != sorted(set(self.milestones)):
             raise ValueError(f"milestones = {self.milestones}: expected ascending epochs, each once")
         return self
+
+    def falls(self, epochs: float) -> list[float]:
+        """Epochs done when the rate falls, in a run of so many."""
+        if self.every is None:
+            return self.milestones
+        return [self.every * fall for fall in range(1, math.ceil(epochs / self.every))]
 
     def check_within(self, epochs: float, end: str) -> None:
         """Refuses a warm-up or a milestone beyond the end of training, which is called `end`. Raises: ValueError."""
@@ -153,6 +168,12 @@ class TrainConfig(Section):
     )
     accumulation: int = Field(1, ge=1, description="micro-batches of one global batch, one after another on a rank")
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of each peer; null: no clipping")
+    clip_factor: float | None = Field(
+        None,
+        gt=0,
+        description="adaptive gradient clipping: the largest gradient of each unit as a part of the "
+        "norm of its weights, such as 0.01; the classifier is left alone; null: no such clipping",
+    )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of each peer's moving average; null: none")
     ema_warmup: bool = Field(
         True,
@@ -183,6 +204,8 @@ class TrainConfig(Section):
     def _has_an_end(self) -> TrainConfig:
         if self.epochs is None and self.max_steps is None:
             raise ValueError("epochs: missing; expected a number of epochs, or of updates as max_steps")
+        if self.clip_norm is not None and self.clip_factor is not None:
+            raise ValueError(f"clip_factor = {self.clip_factor}: clip_norm = {self.clip_norm} clips too; expected one")
         return self
 
     def steps(self, steps_per_epoch: int) -> int:

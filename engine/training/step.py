@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
-from engine.cohort.optim import gradient_norm, unscale, update
+from engine.cohort.optim import clip_units, gradient_norm, unscale, update
 from engine.cohort.outer_step import outer_gradients
 from engine.training.timing import Clock
 from losses import Progress, Signals, Terms
@@ -162,7 +162,10 @@ def _update(
         for _, optimizer in learns:
             unscale(optimizer, skip, cohort.scaler)
         norms = [gradient_norm(parameters) for parameters, _ in learns]
+    spared = {p for resident in residents for p in resident.classifier}
     for (parameters, optimizer), norm in zip(learns, norms, strict=True):
+        if cohort.config.train.clip_factor:
+            clip_units([p for p in parameters if p not in spared], cohort.config.train.clip_factor)
         if cohort.config.train.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, cohort.config.train.clip_norm, norm)
         update(optimizer, skip, cohort.scaler)

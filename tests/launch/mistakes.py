@@ -45,7 +45,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "misspelt_key": (
         "train.epoch=3",
         "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, bce_sum, bce_threshold, "
-        "clip_norm, ema_decay, ema_warmup, epochs, loss, max_skipped, max_steps, sync_bn, timeout",
+        "clip_factor, clip_norm, ema_decay, ema_warmup, epochs, loss, max_skipped, max_steps, sync_bn, timeout",
     ),
     "misspelt_key_of_a_peer": (
         "peers.0.netwrk=x",

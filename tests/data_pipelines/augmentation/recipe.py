@@ -9,7 +9,7 @@ RECIPE: dict[str, Any] = {
     "gaussian_blur_prob": 0.3,
     "solarize_prob": 0.2,
     "cutout": 8,
-    "erasing": {"prob": 0.5},
+    "erasing": {"prob": 0.5, "max_count": 2},
     "mixing": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mode": "elem"},
     "label_smoothing": 0.1,
 }

@@ -7,8 +7,8 @@ import torch
 from data_pipelines import order
 from data_pipelines.augmentation.erasing import (
     CUTOUT_COLUMNS,
-    ERASING_COLUMNS,
     Boxes,
+    columns,
     cutout_boxes,
     erase,
     erasing_boxes,
@@ -19,8 +19,9 @@ _SIDE = 64
 
 
 def _boxes(config: ErasingConfig, rows: slice = slice(None), count: int = 8000) -> Boxes:
-    uniforms = order.uniforms("erasing", 1, 0, 0, count, ERASING_COLUMNS)
-    return erasing_boxes(config, uniforms, rows, _SIDE)
+    uniforms = order.uniforms("erasing", 1, 0, 0, count, columns(config))
+    [boxes] = erasing_boxes(config, uniforms, rows, _SIDE)
+    return boxes
 
 
 def test_boxes_are_within_their_ranges() -> None:
@@ -41,6 +42,22 @@ def test_boxes_are_within_their_ranges() -> None:
     assert np.log(heights / widths).mean() == pytest.approx(0, abs=0.05)
     # Each place where a box fits is equally likely.
     assert (top / (_SIDE - heights + 1e-9)).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_several_rectangles_share_the_area() -> None:
+    """timm's max_count: of m = 1 .. 3 rectangles, all as likely, each has 1/m of an area of its own."""
+    config = ErasingConfig(prob=0.5, max_count=3, area=(0.3, 0.3))
+    uniforms = order.uniforms("erasing", 1, 0, 0, 6000, columns(config))
+    boxes = erasing_boxes(config, uniforms, slice(None), _SIDE)
+    sets = [set(each.rows.tolist()) for each in boxes]
+    assert sets[2] < sets[1] < sets[0]
+    assert [len(each) / 6000 for each in sets] == pytest.approx([1 / 2, 1 / 3, 1 / 6], abs=0.02)
+    for each in boxes:
+        count = np.array([1 + (row in sets[1]) + (row in sets[2]) for row in each.rows.tolist()])
+        top, bottom, left, right = each.edges.T
+        assert (bottom - top) * (right - left) / _SIDE**2 == pytest.approx(0.3 / count, abs=0.02)
+    places = [dict(zip(each.rows.tolist(), each.edges.tolist(), strict=True)) for each in boxes]
+    assert all(places[0][row] != places[1][row] for row in sets[1])
 
 
 def test_rows_are_cut_out_of_the_global_batch() -> None:

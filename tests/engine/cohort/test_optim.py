@@ -56,6 +56,12 @@ def test_step_within_an_epoch_falls_at_the_first_update_not_before_it() -> None:
     np.testing.assert_allclose(found, [0.1] * 2 + [0.01] * 5 + [0.001] * 5, rtol=1e-12)
 
 
+def test_step_falls_every_so_many_epochs() -> None:
+    # 2.4 epochs of 5 updates are 12, which is no multiple of 2.4 in floating point thrice over.
+    found = rates(list(range(50)), 10, 5, name="step", every=2.4, gamma=0.5)
+    np.testing.assert_allclose(found, [0.1 * 0.5 ** (t // 12) for t in range(50)], rtol=1e-12)
+
+
 @pytest.mark.parametrize("min_lr", [0.0, 0.004])
 def test_cosine(min_lr: float) -> None:
     epochs, per_epoch = 30, 7
