@@ -191,7 +191,7 @@ class ImageFolder(Pipeline):
             yield self._finish(prepared, views, ids)
             # They lie in the decoder's memory, which it wants back.
             del views
-        if files is self._train:  # What validates is used once an epoch, and its memory is wanted for training.
+        if prepared.drawn is not None:  # What validates is used once an epoch; its memory is wanted for training.
             self._idle[plan] = stream.decoder
 
     def _finish(self, prepared: _Prepared, views: list[torch.Tensor], ids: NDArray[np.int64]) -> Batch:

@@ -56,7 +56,7 @@ class Graph:
                 outputs.append(fn.flip(images, horizontal=numbers(f"flips{view}", 0), vertical=0))
             return *outputs, fn.external_source(name="ids", dtype=types.INT64, ndim=0)
 
-        self._views = plan.views
+        self.plan = plan
         self._device = device
         self._pipe = graph()
         self._pipe.build()
@@ -66,7 +66,7 @@ class Graph:
         for name in ("scaled", "cuts"):
             self._pipe.feed_input(name, getattr(work, name).astype(np.int32))
         for name in ("corners", "shapes", "flips"):
-            for view in range(self._views):
+            for view in range(self.plan.views):
                 self._pipe.feed_input(f"{name}{view}", np.ascontiguousarray(getattr(work, name)[:, view], np.int32))
         for name in ("encoded", "ids"):
             self._pipe.feed_input(name, getattr(work, name))

@@ -22,7 +22,7 @@ class TorchvisionDecoder:
     """
 
     def __init__(self, plan: Plan, pool: ThreadPoolExecutor) -> None:
-        self._plan, self._pool = plan, pool
+        self.plan, self._pool = plan, pool
         self._pending: deque[tuple[Work, list[Future[list[torch.Tensor]]]]] = deque()
 
     def feed(self, work: Work) -> None:
@@ -38,7 +38,7 @@ class TorchvisionDecoder:
 
     def _photo(self, work: Work, index: int) -> list[torch.Tensor]:
         pixels = decoded(work.encoded[index].tobytes())
-        return [self._view(pixels, work, index, view) for view in range(self._plan.views)]
+        return [self._view(pixels, work, index, view) for view in range(self.plan.views)]
 
     def _view(self, pixels: torch.Tensor, work: Work, index: int, view: int) -> torch.Tensor:
         (top, left), (height, width) = work.corners[index, view].tolist(), work.shapes[index, view].tolist()
@@ -49,11 +49,11 @@ class TorchvisionDecoder:
         scaled = torch.nn.functional.interpolate(
             window,
             work.scaled[index].tolist(),
-            mode="bicubic" if self._plan.cubic else "bilinear",
+            mode="bicubic" if self.plan.cubic else "bilinear",
             antialias=True,
             align_corners=False,
         )
-        (top, left), side = work.cuts[index].tolist(), self._plan.side
+        (top, left), side = work.cuts[index].tolist(), self.plan.side
         shown = scaled[0, :, top : top + side, left : left + side]
         return (shown.flip(2) if work.flips[index, view] else shown).permute(1, 2, 0).contiguous()
 
