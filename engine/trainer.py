@@ -357,5 +357,5 @@ class _Run:
             write_tables(self.config, kept, self.pipeline, self.tracker.say)
             report_scores(self.tracker, self.step, self.step / self.steps_per_epoch, scores, found)
         self._told = tell_collapses(found, SCORES_SHOW, self._told, self.step, self._alert)
-        answer_scores(self.config, self.rollbacks, scores, self._begin, self.step, self._alert)
+        answer_scores(self.config, self.rollbacks, scores, self._begin, self.step, self.meter.in_a_row, self._alert)
         return sum(scores[f"val/{name}/top1"] for name in names) / len(names)

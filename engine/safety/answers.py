@@ -70,13 +70,19 @@ def answer_scores(
     scores: Mapping[str, float],
     begin: int,
     step: int,
+    in_a_row: int,
     alert: Alert | None,
 ) -> None:
-    """To an evaluation after step `step` that is no number, as to a loss that is none; else as `answer`."""
+    """To an evaluation after step `step` that is no number, as to a loss that is none; else as `answer`.
+
+    Args:
+        in_a_row: updates that were skipped up to now, in a row: what went wrong was there before them.
+    """
     wrong = [key for key, value in scores.items() if key.startswith("val/") and not math.isfinite(value)]
     if wrong:
         text = f"step {step}: the evaluation gave {wrong[0]} = {scores[wrong[0]]}: the weights have diverged"
-        _act(config, rollbacks, Trouble(begin, text, ends_run=True), begin, step, alert)
+        first = min(begin, rollback.before(rollbacks, step, in_a_row))
+        _act(config, rollbacks, Trouble(first, text, ends_run=True), begin, step, alert)
 
 
 def _act(

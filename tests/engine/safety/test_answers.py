@@ -99,14 +99,23 @@ def test_an_evaluation_that_is_no_number_ends_the_run(said: list[tuple[str, str]
         "Checkpoints of up to step 5 are from before"
     )
     with pytest.raises(TrainingDivergedError, match=text):
-        answer_scores(config_of(), [], SCORES, 6, 9, lambda *text: said.append(text))
-    answer_scores(config_of(), [], {"val/a/loss": 2.0, "ema/a/loss": float("inf")}, 6, 9, None)
+        answer_scores(config_of(), [], SCORES, 6, 9, 0, lambda *text: said.append(text))
+    answer_scores(config_of(), [], {"val/a/loss": 2.0, "ema/a/loss": float("inf")}, 6, 9, 0, None)
+
+
+@pytest.mark.parametrize(("in_a_row", "before"), [(7, "Checkpoints of up to step 1 are"), (8, "No checkpoint is")])
+def test_what_led_to_an_evaluation_that_is_no_number_was_there_before_the_updates_that_were_skipped(
+    in_a_row: int, before: str
+) -> None:
+    """Of nine updates the last seven were skipped: the second one may be what made them so."""
+    with pytest.raises(TrainingDivergedError, match=rf"diverged\. {before} from before"):
+        answer_scores(config_of(), [], SCORES, 6, 9, in_a_row, None)
 
 
 def test_an_evaluation_that_is_no_number_is_a_reason_to_go_back(tmp_path: Path, said: list[tuple[str, str]]) -> None:
     config = goes_back(tmp_path)
     with pytest.raises(GoBack):
-        answer_scores(config, [], SCORES, 6, 9, lambda *text: said.append(text))
+        answer_scores(config, [], SCORES, 6, 9, 0, lambda *text: said.append(text))
     [kept] = rollback.read(config.folder)
     assert (kept.begin, kept.end) == (5, 9)
 
