@@ -6,8 +6,9 @@ On other files:  python launch/evaluate.py runs/imagenet-dml data.root=/mnt/imag
 
 With every image:  python launch/evaluate.py runs/imagenet-dml --predictions predictions.csv
 
-Every image is counted exactly once, whatever the number of ranks. Other files are ROOT/val/CLASS/* or ROOT/CLASS/*;
-their classes are those of the run by name, or folders 0, 1, 2, ... as ImageNetV2 has them.
+Every image is counted exactly once, whatever the number of ranks. Other files are ROOT/val/CLASS/* or ROOT/CLASS/*,
+or with data.dataset= any other form of docs/data.md, of which nothing but the validation split need be there; their
+classes are those of the run by name, or folders 0, 1, 2, ... as ImageNetV2 has them.
 """
 
 from __future__ import annotations
