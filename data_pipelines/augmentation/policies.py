@@ -197,27 +197,29 @@ def timm_magnitude(name: str, level: Numbers, negative: NDArray[np.bool_], side:
 
 
 @lru_cache
-def _table(name: str) -> tuple[tuple[tuple[str, float, int], ...], ...]:
-    """torchvision's AutoAugment policies: pairs of (operation, probability, one of ten bins)."""
+def _table(name: str) -> tuple[tuple[str, ...], NDArray[np.int64], Numbers, Numbers]:
+    """torchvision's AutoAugment policies: the operations, and of each of R policies and both its steps which of them it
+    is [R, 2], with which probability [R, 2], and how strong, as a part of the last of ten bins [R, 2]."""
     from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
     policies = AutoAugment(AutoAugmentPolicy(name.removeprefix("auto_augment_"))).policies
-    named = {"color": "saturation"}
-    return tuple(
-        tuple((named.get(op.lower(), op.lower()), prob, at or 0) for op, prob, at in pair) for pair in policies
-    )
+    named = [[{"color": "saturation"}.get(op.lower(), op.lower()) for op, _, _ in pair] for pair in policies]
+    operations = tuple(sorted({op for pair in named for op in pair}))
+    which = np.array([[operations.index(op) for op in pair] for pair in named])
+    probabilities = np.array([[prob for _, prob, _ in pair] for pair in policies])
+    return operations, which, probabilities, np.array([[at or 0 for _, _, at in pair] for pair in policies]) / 9
 
 
 def _of_table(name: str, steps: Sequence[Numbers], at: int, side: int) -> list[Wish]:
-    table, step = _table(name), steps[at]
-    choice = (steps[0][:, _CHOICE] * len(table)).astype(int)
-    wishes = []
-    for row, pair in enumerate(table):
-        operation, prob, of_ten = pair[at]
-        part = np.full(len(step), of_ten / 9)
-        magnitude = torchvision_magnitude(operation, part, _negative(step), side)
-        wishes.append(Wish(operation, (choice == row) & (step[:, _WHETHER] < prob), magnitude))
-    return wishes
+    operations, which, probabilities, parts = _table(name)
+    step = steps[at]
+    policy = (steps[0][:, _CHOICE] * len(which)).astype(int)
+    changed = step[:, _WHETHER] < probabilities[policy, at]
+    operation, part, negative = which[policy, at], parts[policy, at], _negative(step)
+    return [
+        Wish(each, changed & (operation == number), torchvision_magnitude(each, part, negative, side))
+        for number, each in enumerate(operations)
+    ]
 
 
 def _negative(step: Numbers) -> NDArray[np.bool_]:
