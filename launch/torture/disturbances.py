@@ -219,7 +219,7 @@ def _start_a_second(gang: Gang, rng: random.Random) -> Blow:
     with ThreadPoolExecutor(1) as thread:
         second = thread.submit(refusal, gang.config, *arguments)
         while not second.done():  # In small steps: the run would be over by then.
-            for number, seconds in ((signal.SIGSTOP, 0.5), (signal.SIGCONT, 0.05)):
+            for number, seconds in ((signal.SIGSTOP, 2.0), (signal.SIGCONT, 0.05)):
                 for process in workers:
                     os.kill(process, number)
                 time.sleep(seconds)

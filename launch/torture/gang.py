@@ -147,10 +147,10 @@ def refusal(config: Path, *arguments: str) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
         try:
-            said, _ = process.communicate(timeout=PATIENCE)
+            said, _ = process.communicate(timeout=3 * PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
-            said = f"nothing within {PATIENCE:.0f} s"
+            said = f"nothing within {3 * PATIENCE:.0f} s"
     if process.returncode != 2:
         raise UnexpectedError(f"a start that must be refused ended with {process.returncode}: {said[-2000:]}")
     return said
