@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from engine.reporting.aside import Aside
 
-ROOM = 1000
+ROOM = 100_000
 """Texts that wait to be printed; what comes when there is no room is lost."""
 
 PATIENCE = 3.0

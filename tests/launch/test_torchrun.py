@@ -140,6 +140,7 @@ def two_agents(tmp_path: Path, file: Path, *options: str) -> tuple[Agent, Agent]
     return first, Agent(tmp_path / "second", file, *options)
 
 
+@pytest.mark.timeout(900)
 def test_ranks_of_two_agents_are_replaced_again_and_again(
     run: tuple[RunConfig, Path], tmp_path: Path, undisturbed: Path
 ) -> None:
