@@ -66,12 +66,13 @@ def test_every_file(tiny: Path, whole: Path, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["export", "evaluate", "report", "checkpoint list"])
+@pytest.mark.parametrize("command", ["export", "evaluate", "report --out OUT", "checkpoint ls"])
 def test_every_file_that_a_command_looks_at(whole: Path, tmp_path: Path, command: str) -> None:
     for index, name in enumerate(("config.yaml", "metrics.jsonl", "classes.json", "export/x.json.tmp")):
         run = Path(shutil.copytree(whole, tmp_path / str(index)))
         secret = put(run, name, "pipe" if index % 2 else "link")
-        words = [sys.executable, "-m", f"launch.{command.split()[0]}", *command.split()[1:], str(run)]
+        program, *options = command.replace("OUT", str(tmp_path / "out")).split()
+        words = [sys.executable, "-m", f"launch.{program}", *options, str(run)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[3])
         assert "Traceback" not in done.stderr
         assert done.returncode == 0 or str(run / name) in done.stderr, (name, done.stderr)
