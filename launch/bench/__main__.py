@@ -64,7 +64,7 @@ def main() -> None:
     arguments.add_argument("--also", nargs="+", default=[], metavar="FORM=DIR", help="data: it as webdataset, hub")
     arguments.add_argument("--threads", type=int, help="CPU threads; torch's choice if absent")
     arguments.add_argument("--out", type=Path, metavar="DIR", help="gpu: where rows.jsonl and gpu.md are written")
-    arguments.add_argument("--quick", action="store_true", help="gpu: toy sizes, to try the command; on a CPU too")
+    arguments.add_argument("--quick", action="store_true", help="gpu, resident: toy sizes, to try the command")
     arguments.add_argument("--minutes", type=float, default=8.0, help="gpu: limit of all parts (default: 8)")
     arguments.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"gpu: of {', '.join(PARTS)}")
     options = arguments.parse_args()
@@ -120,7 +120,7 @@ def _measure(options: argparse.Namespace, device: torch.device, launch: Launch) 
 def _load(options: argparse.Namespace, launch: Launch) -> None:
     threads = options.threads or os.cpu_count() or 1
     if options.what == "resident":
-        small(options.batch, threads, options.rounds)
+        small(1_000 if options.quick else 10_000, options.batch, threads, options.rounds)
         return
     if options.folder is None:
         raise ConfigError("--folder: missing; expected a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")

@@ -38,6 +38,6 @@ def test_photos_are_timed_against_other_loaders(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_small_images_are_timed_against_other_loaders() -> None:
-    printed = bench("resident", "--rounds", "2", "--batch", "500")
+    printed = bench("resident", "--quick", "--rounds", "2", "--threads", "1")
     for other in ("torchvision", "timm (PIL)"):
         assert f"resident / {other}: " in printed

@@ -11,14 +11,14 @@ import torch
 from launch.bench.loading import rivals
 from launch.bench.loading.photos import compare, epochs_of
 
-_IMAGES, _SIDE = 10_000, 32
+_SIDE = 32
 
 
-def small(batch: int, workers: int, rounds: int) -> None:
-    """Times whole epochs over as many images as CIFAR has to validate with; their contents do not matter here."""
+def small(count: int, batch: int, workers: int, rounds: int) -> None:
+    """Times whole epochs over images whose contents do not matter here."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (_IMAGES, _SIDE, _SIDE, 3), dtype=np.uint8)
-    labels = np.arange(_IMAGES) % 10
+    images = rng.integers(0, 256, (count, _SIDE, _SIDE, 3), dtype=np.uint8)
+    labels = np.arange(count) % 10
     with tempfile.TemporaryDirectory() as name:
         for split in ("train", "val"):
             np.savez(Path(name, f"{split}.npz"), images=images, labels=labels)
@@ -31,7 +31,5 @@ def small(batch: int, workers: int, rounds: int) -> None:
         "torchvision": rivals.torchvision_small(*tensors, batch, workers),
         "timm (PIL)": rivals.timm_small(*tensors, batch, workers),
     }
-    print(
-        f"resident: {_IMAGES:,} images of {_SIDE} pixels, AutoAugment, Cutout, {batch} at a time, {workers} processes"
-    )
+    print(f"resident: {count:,} images of {_SIDE} pixels, AutoAugment, Cutout, {batch} at a time, {workers} processes")
     compare(ours, theirs, batch, rounds)
