@@ -37,10 +37,11 @@ class Batch:
         """The first view."""
         return self.views[0]
 
-    def split(self, parts: int) -> "list[Batch]":
-        """Cuts the rows into equal parts, in order; `parts` must divide their number."""
-        views = zip(*(view.chunk(parts) for view in self.views), strict=True)
-        pieces = zip(views, self.targets.chunk(parts), self.ids.chunk(parts), strict=True)
+    def split(self, sizes: Sequence[int]) -> "list[Batch]":
+        """Cuts the rows into parts of these sizes, in order."""
+        rows = list(sizes)
+        views = zip(*(view.split(rows) for view in self.views), strict=True)
+        pieces = zip(views, self.targets.split(rows), self.ids.split(rows), strict=True)
         return [Batch(*piece) for piece in pieces]
 
 

@@ -27,7 +27,7 @@ def forecast(config: RunConfig, placement: Placement, *, cuda: bool = False) -> 
     """
     sizes = check_data(config)
     trained_on = sizes.trained_on
-    batch, replicas = config.data.global_batch, placement.replicas
+    batch = config.data.global_batch
     steps, left = divmod(trained_on, batch)
     yield (
         f"data       {trained_on:,} images of {sizes.classes:,} classes to train on, "
@@ -37,7 +37,8 @@ def forecast(config: RunConfig, placement: Placement, *, cuda: bool = False) -> 
     )
     parts = config.train.accumulation
     yield (
-        f"steps      {steps:,} an epoch of {batch:,} images, {batch // replicas:,} a rank"
+        f"steps      {steps:,} an epoch of {batch:,} images, "
+        + f"{_rows_here(config, placement):,} {'a rank' if placement.is_even else 'here'}"
         + (f" in {parts} micro-batches" if parts > 1 else "")
         + f"; {config.train.steps(steps):,} in all"
     )
@@ -50,6 +51,11 @@ def forecast(config: RunConfig, placement: Placement, *, cuda: bool = False) -> 
         yield f"note       {note}"
     yield f"peers here {', '.join(_peers(config, placement, sizes))}"
     yield from _rehearsed(config, placement, sizes)
+
+
+def _rows_here(config: RunConfig, placement: Placement) -> int:
+    shares = placement.cut(config.data.global_batch, config.train.accumulation, config.data.tuple_size)
+    return sum(len(share.rows) for share in shares)
 
 
 def _peers(config: RunConfig, placement: Placement, sizes: Sizes) -> Iterator[str]:
@@ -70,7 +76,7 @@ def _rehearsed(config: RunConfig, placement: Placement, sizes: Sizes) -> Iterato
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"peers: a step on {config.data.global_batch // placement.replicas} images of {config.data.side} pixels "
+            f"peers: a step on {_rows_here(config, placement)} images of {config.data.side} pixels "
             f"cannot be made: {reason}; expected networks that take such images"
         ) from None
     parts = asdict(found.memory)

@@ -28,6 +28,7 @@ from engine.ranks.placement import Placement
 from engine.safety import checkpoint, rollback
 from losses import METHODS, PeerInfo
 from losses.capabilities import OuterProblem
+from losses.contrast import ContrastiveOptions
 from models.freezing import freeze
 from models.weightless import weightless
 
@@ -63,7 +64,8 @@ def check_run(
             "data.decoding.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
         )
     _check_shared_decode(config, cuda=device.type == "cuda")
-    placement = plan(config, launch.world, launch.rank)
+    placement = plan(config, launch.world, launch.rank, launch.per_node)
+    _check_reading(config, placement)
     _check_schedule(config, check_data(config))
     _check_stages(config)
     _check_networks(config, placement)
@@ -106,16 +108,33 @@ def _check_shared_decode(config: RunConfig, *, cuda: bool) -> None:
         )
 
 
+def _check_reading(config: RunConfig, placement: Placement) -> None:
+    """Ranks read a bank that lies in shards equally often, and so in equally many pieces."""
+    method = config.method
+    if not isinstance(method, ContrastiveOptions) or not method.bank_sharded or method.chunk is None:
+        return
+    batch, parts, unit = config.data.global_batch, config.train.accumulation, config.data.tuple_size
+    if not placement.is_even or batch // unit % (parts * placement.replicas):
+        raise ConfigError(
+            f"method.chunk = {method.chunk}: with method.bank_sharded = true all ranks must have as many rows; "
+            "expected null, or a placement and a batch that divide evenly"
+        )
+
+
 def _check_networks(config: RunConfig, placement: Placement) -> None:
     """Whether the networks take the images, and what the optimiser wants of them."""
-    count = config.data.global_batch // placement.replicas // config.train.accumulation
-    if config.train.sync_bn:
-        count *= placement.replicas
+    data, parts = config.data, config.train.accumulation
+    # Each peer may be on another number of ranks.
+    ranks = {k: len(group.ranks) for group in placement.groups for k in group.peers}
+    names = [(peer.network, repr(peer.options)) for _, peer in config.cohort]
     tried: set[tuple[str, str]] = set()
     for index, peer in enumerate(config.peers):
-        data, optimizer = config.data, config.optimizer_of(peer)
+        optimizer = config.optimizer_of(peer)
         if (kind := (peer.network, repr(peer.options))) not in tried:
             tried.add(kind)
+            most = max(ranks.get(k, 1) for k, name in enumerate(names) if name == kind)
+            count = data.global_batch // data.tuple_size // parts // (1 if config.train.sync_bn else most)
+            count *= data.tuple_size
             sizes = {"num_classes": 2, "in_channels": data.channels, "side": data.side, "count": count}
             try:
                 models.try_images(peer.network, peer.options, **sizes)

@@ -110,7 +110,13 @@ def rehearse(config: RunConfig, placement: Placement, images: Images, steps: Seq
     with _world(placement):
         cohort = _cohort(config, placement, images)
         answers = iter(zip(*told, strict=False))
-        cohort.exchange.gather_objects = lambda mine, _: list(next(answers, [mine] * len(groups)))
+        of_ranks = [placement.of(rank).group for rank in placement.exchange_ranks]
+
+        def tell(mine: Any, _: object) -> list[Any]:
+            answer = next(answers, [mine] * len(groups))
+            return [answer[g] for g in of_ranks]
+
+        cohort.exchange.gather_objects = tell
         return _step(cohort, config, placement, steps)
 
 
@@ -151,9 +157,8 @@ def _cohort(config: RunConfig, placement: Placement, images: Images) -> Cohort:
     return cohort
 
 
-def _batch(cohort: Cohort, config: RunConfig, placement: Placement) -> Batch:
-    shares = placement.cut(config.data.global_batch, config.train.accumulation, config.data.tuple_size)
-    return blank(cohort, sum(len(share.rows) for share in shares))
+def _batches(cohort: Cohort) -> list[Batch]:
+    return [blank(cohort, len(share.rows)) for share in cohort.shares]
 
 
 def _told(config: RunConfig, placement: Placement, images: Images) -> list[Any]:
@@ -162,14 +167,14 @@ def _told(config: RunConfig, placement: Placement, images: Images) -> list[Any]:
 
     def heard(mine: Any, group: object) -> list[Any]:
         told.append(mine)
-        return [mine] * len(placement.groups)
+        return [mine] * len(placement.exchange_ranks)
 
     with _world(placement):
         cohort = _cohort(config, placement, images)
         cohort.exchange.gather_objects = heard
         # Peers that take the others to be like themselves may fail, once they have told all that there is to tell.
         with contextlib.suppress(RuntimeError, ValueError, IndexError):
-            parts = _batch(cohort, config, placement).split(config.train.accumulation)
+            parts = _batches(cohort)
             train_step(cohort, parts, Progress(0, 1, config.train.epochs_of(1)), Clock(META))
     return told
 
@@ -179,7 +184,7 @@ def _step(cohort: Cohort, config: RunConfig, placement: Placement, steps: Sequen
     for step in steps:
         watch = _Watch()
         clock = _Phases(watch)
-        parts = _batch(cohort, config, placement).split(config.train.accumulation)
+        parts = _batches(cohort)
         for optimizer in cohort.optimizers():
             optimizer.zero_grad(set_to_none=True)  # or the gradients of the step before would count as there already
         with _named_lines(), watch, _Handed(watch):

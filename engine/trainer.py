@@ -196,8 +196,7 @@ class _Run:
         self.saver = Saver(config.folder, self.cohort, say, held.check, held.mark)
         self._scored = last_evaluation(config.folder)
         if self.step < self.steps:
-            share = config.data.global_batch // placement.replicas // config.train.accumulation
-            settle(self.cohort, share, self._progress)
+            settle(self.cohort, self._progress)
         self.clock = Clock(device)
         self._aside = ""
         self._stop = torch.zeros(1, device=device)
@@ -239,7 +238,8 @@ class _Run:
             epoch, done = divmod(self.step, self.steps_per_epoch)
             if epoch and not done and survey(self.cohort, self.pipeline):
                 self.clock.restart()
-            rows = self.placement.rows(self.config.data.global_batch)
+            data, parts = self.config.data, self.config.train.accumulation
+            rows = self.placement.rows(data.global_batch, parts, data.tuple_size)
             for batch in self.pipeline.train(epoch, done, rows, self.cohort.views):
                 self.clock.mark("data")
                 if not rollback.left_out(self.rollbacks, self.step):
@@ -258,7 +258,7 @@ class _Run:
 
     def _update(self, batch: Batch) -> None:
         self._preemption.ask(self._stop)
-        parts = batch.split(self.config.train.accumulation)
+        parts = batch.split([len(share.rows) for share in self.cohort.shares])
         outcome = train_step(self.cohort, parts, self._progress, self.clock, self._stop)
         self.meter.add(outcome)
         if not self._where.limited:

@@ -176,10 +176,10 @@ class LMCL(OuterProblem, StageTaps, Unsynchronised, Contrastive):
         def inner(signals: Sequence[Signals]) -> Tensor:
             weights = self.weights(residents, signals)
             terms = self.contrast(residents, signals, outer.targets, outer.progress, weights)
-            return torch.stack(list(terms.values())).sum()
+            return outer.weight * torch.stack(list(terms.values())).sum()
 
         def outermost(signals: Sequence[Signals]) -> Tensor:
-            return torch.stack([self._classify(signals[i], outer.targets) for i in residents]).sum()
+            return outer.weight * torch.stack([self._classify(signals[i], outer.targets) for i in residents]).sum()
 
         path = [inner] * self.options.inner_steps + [outermost]
         published = self.options.hypergradient == "published"

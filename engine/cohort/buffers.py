@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.ranks.placement import Placement
 from losses.functional import fill, flat
 
 
@@ -78,9 +79,40 @@ def floats(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [b.data for module in modules for b in module.buffers() if b.is_floating_point()]
 
 
-def average(buffers: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-    """The mean over the ranks of a group, in place: one all-reduce, or none where the group is one rank."""
+def average(parts: Sequence[tuple[Sequence[Tensor], float]], group: dist.ProcessGroup | None) -> None:
+    """The mean over the ranks of a group, in place: one all-reduce, or none where the group is one rank.
+
+    Args:
+        parts: buffers, and what this rank's count, which is 1 in the mean over the ranks.
+    """
+    buffers = [b for own, _ in parts for b in own]
     if buffers and group is not None and group.size() > 1:
-        row = flat(buffers)
+        row = flat([b if weight == 1 else b * weight for own, weight in parts for b in own])
         dist.all_reduce(row, group=group)
         fill(buffers, row / group.size())
+
+
+def average_statistics(
+    own: Iterable[nn.Module],
+    trunk: Iterable[nn.Module],
+    shared: Iterable[nn.Module],
+    placement: Placement,
+    replica_group: dist.ProcessGroup,
+    rows: int,
+    batch: int,
+) -> None:
+    """BatchNorm statistics over all rows: one all-reduce in each replica group, and one over the world.
+
+    Args:
+        own: modules of the peers that live here.
+        trunk: that all peers share. Its statistics are of the views of the peers here, and count by the peers.
+        shared: other modules that all peers share.
+        placement: of this rank.
+        replica_group: its replicas.
+        rows: that this rank has of a global batch of
+        batch: rows.
+    """
+    of_rank = rows * placement.mean_replicas / batch
+    of_peers = len(placement.residents) * len(placement.groups) / len(placement.peers)
+    average([(floats(own), rows * placement.replicas / batch)], replica_group)
+    average([(floats(trunk), of_rank * of_peers), (floats(shared), of_rank)], dist.group.WORLD)

@@ -105,7 +105,7 @@ class Builder:
         if self._config.precision.compile:
             module.compile()
         peers = self._placement.num_peers if method.trunk_gradient == "mean" else 1
-        return Trunk(module, self.averaged_over_all(module), taps, len(self._placement.groups) / peers)
+        return Trunk(module, self.averaged_over_all(module), taps, _into_trunk(self._placement, peers))
 
     def resident(self, index: int, outline: Outline, method: Method, trunk: Trunk | None) -> Resident:
         """A peer that lives here."""
@@ -262,6 +262,12 @@ def _average(whole: nn.Module, method: Method, config: RunConfig, device: torch.
 
 def _unsynchronised(method: Method, head: nn.Module | None) -> Sequence[nn.Parameter]:
     return method.unsynchronised(head) if head is not None and isinstance(method, Unsynchronised) else ()
+
+
+def _into_trunk(placement: Placement, peers: int) -> float:
+    """What the gradients of the peers here are multiplied by on their way into a trunk, for the sum over all peers or,
+    where `peers` is their number, the mean. They have the peers' own factor on them, see `Cohort.forward`."""
+    return len(placement.groups) / peers * (placement.mean_replicas / placement.replicas)
 
 
 def _has(network: nn.Module, path: str) -> bool:

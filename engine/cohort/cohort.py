@@ -9,14 +9,14 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from data_pipelines import Batch, Pipeline
-from engine.cohort.buffers import Remembered, average, floats, statistics_stay
+from engine.cohort.buffers import Remembered, average_statistics, statistics_stay
 from engine.cohort.building import Builder, turns
+from engine.cohort.gradients import scale_gradient
 from engine.cohort.precision import AUTOCAST, autocast, exact_products
 from engine.cohort.randomness import Streams
 from engine.cohort.teacher import Teacher
@@ -24,7 +24,7 @@ from engine.config import ConfigError, RunConfig
 from engine.ranks.collectives import group_of, leave
 from engine.ranks.exchange import Exchange
 from engine.ranks.meeting import Meeting
-from engine.ranks.placement import Placement
+from engine.ranks.placement import Placement, Share
 from engine.ranks.roll_call import program
 from engine.ranks.tables import make_table
 from losses import Progress, Signals, Terms
@@ -48,6 +48,8 @@ class Cohort:
     ) -> None:
         self.config, self.placement, self.device = config, placement, device
         self.num_classes, self.channels, self.image_size = num_classes, channels, image_size
+        self.shares = placement.cut(config.data.global_batch, config.train.accumulation, config.data.tuple_size)
+        """This rank's rows of a global batch, micro-batch by micro-batch."""
         self.replica_group = group_of(placement.replica_ranks)
         wire = torch.bfloat16 if config.placement.exchange_dtype == "bf16" else torch.float32
         self.exchange = Exchange(placement, group_of(placement.exchange_ranks), wire)
@@ -136,7 +138,7 @@ class Cohort:
     def forward(self, batch: Batch, progress: Progress, micro: int, peers: Sequence[int]) -> Mapping[int, Signals]:
         """The live signals of those of `peers` that live here, for this rank's rows, each on the view that it sees;
         where a trunk is shared, with its map as `trunk`."""
-        step = progress.step
+        step, factor = progress.step, self.placement.replicas / self.placement.mean_replicas
         views = {k: images for k, images in self.views_of(batch).items() if k in peers}
         signals: dict[int, Signals] = {}
         with autocast(self.device, self.autocast):
@@ -145,10 +147,11 @@ class Cohort:
             for k, images in views.items():
                 resident = self.residents[k]
                 self.streams.before_peer(k, step, micro)
+                found = resident.wrapped(below[k].map, below[k].taps) if k in below else resident.wrapped(images, None)
+                # DDP takes the mean over as many replicas as this peer has; losses are weighted for the mean number.
+                signals[k] = {name: scale_gradient(x, factor) for name, x in found.items()}
                 if k in below:
-                    signals[k] = {**resident.wrapped(below[k].map, below[k].taps), "trunk": below[k].plain}
-                else:
-                    signals[k] = resident.wrapped(images, None)
+                    signals[k] = {**signals[k], "trunk": below[k].plain}
                 if isinstance(resident.ema, Teacher):
                     self.streams.before_teacher(k, step, micro)
                     signals[k] = {**signals[k], "teacher": resident.ema(images)}
@@ -167,14 +170,15 @@ class Cohort:
         self,
         own: Mapping[int, Signals],
         batch: Batch,
+        share: Share,
         mode: Literal["none", "detached", "differentiable"] | None = None,
     ) -> Sequence[Signals]:
-        """The one exchange of a step: live signals of the residents -> those of all K peers, as the method wants them
-        unless `mode` says otherwise."""
+        """The one exchange of a step: live signals of the residents for this rank's `share` of a micro-batch -> those
+        of all K peers, as the method wants them unless `mode` says otherwise."""
         everywhere = self.method.everywhere if isinstance(self.method, AllRows) else ()
-        rows = (batch.targets, batch.ids) if everywhere else None
+        labels = (batch.targets, batch.ids) if everywhere else None
         mode = mode or self.method.exchange
-        return self.exchange(own, mode, private=self.private, everywhere=everywhere, rows=rows)
+        return self.exchange(own, mode, share=share, private=self.private, everywhere=everywhere, labels=labels)
 
     def objective(
         self, learners: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress, micro: int
@@ -189,7 +193,7 @@ class Cohort:
     def exchange_after(self, step: int, batch: Batch) -> Callable[..., Sequence[Signals]]:
         """What a method exchanges by after update number `step`, which was done on a batch."""
         if self.meeting is None:
-            return partial(self.exchange, wire=torch.float32)
+            return self.exchange.whole
         [images] = self.views_of(batch).values()
         return partial(self.meeting, step=step + 1, answers=partial(_answers, self, images))
 
@@ -222,11 +226,11 @@ class Cohort:
         Each rank's statistics are linear in its batches, so averaging now and going on is the same as averaging later.
         """
         own = [module for r in self.residents.values() for module in r.moving]
-        average(floats(own), self.replica_group)
         # Of a method's other buffers only the method knows what they mean; in evaluation mode statistics stay fixed.
-        statistics = [module for module in self.method.modules() if isinstance(module, _BatchNorm) and module.training]
+        shared = [module for module in self.method.modules() if isinstance(module, _BatchNorm) and module.training]
         trunk = [self.trunk.module] if self.trunk else []
-        average(floats([*trunk, *statistics]), dist.group.WORLD)
+        rows, batch = sum(len(share.rows) for share in self.shares), self.config.data.global_batch
+        average_statistics(own, trunk, shared, self.placement, self.replica_group, rows, batch)
 
 
 def _answers(cohort: Cohort, images: Tensor, peer: int, shown: Signals) -> Tensor:

@@ -14,13 +14,20 @@ from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.cohort.precision import autocast, exact_products
 from engine.cohort.second_derivative import DifferentiatedTwice
+from engine.ranks.placement import Share
 from losses import Progress, Signals
 from losses.capabilities import OuterProblem, OuterStep
 from losses.functional import flat
 
 
-def outer_gradients(cohort: Cohort, batch: Batch, progress: Progress) -> bool:
+def outer_gradients(cohort: Cohort, batch: Batch, share: Share, progress: Progress) -> bool:
     """Gives the residents' outer parameters the gradients that the method has for them, the mean over all replicas.
+
+    Args:
+        cohort: what learns on this rank.
+        batch: its rows of a micro-batch.
+        share: which rows these are.
+        progress: of the run.
 
     Returns:
         Whether an outer step was due.
@@ -29,6 +36,8 @@ def outer_gradients(cohort: Cohort, batch: Batch, progress: Progress) -> bool:
     assert isinstance(method, OuterProblem)
     groups = {k: r.optimizer.param_groups for k, r in cohort.residents.items() if r.optimizer is not None}
     decay = {k: {id(p): group["weight_decay"] for group in own for p in group["params"]} for k, own in groups.items()}
+    replicas = cohort.placement.mean_replicas
+    mean = partial(_mean, cohort.replica_group, replicas)
     named = {k: dict(r.peer.named_parameters()) for k, r in cohort.residents.items()}
     # torch.compile has no second derivative.
     with torch.compiler.set_stance("force_eager"), exact_products(cohort.device):
@@ -36,8 +45,9 @@ def outer_gradients(cohort: Cohort, batch: Batch, progress: Progress) -> bool:
             OuterStep(
                 parameters=named,
                 outer={k: list(r.outer) for k, r in cohort.residents.items()},
-                show=partial(_show, cohort, batch, progress),
-                average=partial(_mean, cohort.replica_group),
+                show=partial(_show, cohort, batch, share, progress),
+                average=mean,
+                weight=len(share.rows) * replicas / share.batch,
                 lr=next(iter(groups.values()))[0]["lr"],
                 momentum=cohort.config.optimizer.momentum,
                 weight_decay={
@@ -49,14 +59,14 @@ def outer_gradients(cohort: Cohort, batch: Batch, progress: Progress) -> bool:
         )
     if found is None:
         return False
-    for k, gradients in _mean(cohort.replica_group, found).items():
+    for k, gradients in mean(found).items():
         for p, gradient in zip(cohort.residents[k].outer.values(), gradients, strict=True):
             p.grad = gradient
     return True
 
 
 def _show(
-    cohort: Cohort, batch: Batch, progress: Progress, parameters: Mapping[int, Mapping[str, Tensor]]
+    cohort: Cohort, batch: Batch, share: Share, progress: Progress, parameters: Mapping[int, Mapping[str, Tensor]]
 ) -> Sequence[Signals]:
     """The signals of all K peers as a function of the residents' parameters, see `OuterStep.show`."""
     own: dict[int, Signals] = {}
@@ -68,15 +78,19 @@ def _show(
             cohort.streams.before_peer(k, progress.step, 0)
             buffers = {name: b.clone() for name, b in resident.peer.named_buffers()}
             own[k] = functional_call(resident.peer, {**parameters[k], **buffers}, (views[k],))
-    return cohort.share(own, batch, "differentiable")
+    return cohort.share(own, batch, share, "differentiable")
 
 
-def _mean(group: dist.ProcessGroup, tensors: Mapping[int, Sequence[Tensor]]) -> dict[int, list[Tensor]]:
-    """Of the residents' tensors over all replicas, see `OuterStep.average`."""
-    if group.size() == 1:
+def _mean(
+    group: dist.ProcessGroup, replicas: float, tensors: Mapping[int, Sequence[Tensor]]
+) -> dict[int, list[Tensor]]:
+    """Of the residents' tensors over all replicas, see `OuterStep.average`: the sum by the mean number of replicas, for
+    which objectives are weighted."""
+    if group.size() == replicas == 1:
         return {k: list(own) for k, own in tensors.items()}
     every = [x for own in tensors.values() for x in own]
     row = flat(every)
-    dist.all_reduce(row, group=group)
-    pieces = iter((row / group.size()).split([x.numel() for x in every]))
+    if group.size() > 1:
+        dist.all_reduce(row, group=group)
+    pieces = iter((row / replicas).split([x.numel() for x in every]))
     return {k: [next(pieces).view_as(x) for x in own] for k, own in tensors.items()}

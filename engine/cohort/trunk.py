@@ -23,7 +23,7 @@ class Trunk:
         wrapped: the same, as called in training: it averages gradients over the world.
         taps: what shows their feature maps.
         gradient: what the peers' gradients are multiplied by on their way into the trunk. Averaged over the world,
-            those of the groups' peers would count as one group's.
+            those of the groups' peers would count as one group's, and as many times as the group has ranks.
     """
 
     module: nn.Module

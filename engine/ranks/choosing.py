@@ -23,21 +23,18 @@ def plan(config: RunConfig, world: int, rank: int, per_node: int | None = None) 
         per_node: ranks of a node, the same on all ranks; None where that does not matter.
 
     Raises:
-        ConfigError: where peers cannot be dealt to the ranks, or the global batch to the replicas, or a job of one peer
-            has not been told which.
+        ConfigError: where peers cannot be dealt to the ranks, or the global batch has too few rows for them, or a job
+            of one peer has not been told which.
     """
     placement = _dealt(config, world, rank, per_node)
     batch, parts, unit = config.data.global_batch, config.train.accumulation, config.data.tuple_size
-    if placement.is_even and placement.kind != "balanced":
-        _check_even(config, placement)
-    elif not placement.least_rows(batch, parts, unit):
-        most = max(placement.groups, key=lambda group: len(group.ranks))
-        names = " and ".join(config.cohort[k][0] for k in most.peers)
-        needed = len(most.ranks) * parts * unit
-        tuples = f", {unit} rows that stay together for each" if unit > 1 else ""
+    if not placement.least_rows(batch, parts, unit):
+        most = max(len(group.ranks) for group in placement.groups)
+        kin = "that are mixed" if config.data.augmentation.mixing.on else "of a class"
+        rows = f"a whole tuple of {unit} images {kin}" if unit > 1 else "a row"
         raise ConfigError(
-            f"data.global_batch = {batch}: too few rows for {len(most.ranks)} ranks of {names} x {parts} micro-batches"
-            f"{tuples}; nearest: {needed}"
+            f"data.global_batch = {batch}: {most} replicas x {parts} micro-batches do not get {rows} each; expected at "
+            f"least {most * parts * unit}"
         )
     return placement
 
@@ -48,6 +45,10 @@ def plan_scoring(config: RunConfig, world: int, rank: int) -> Placement:
     Raises:
         ConfigError: where peers cannot be dealt to the ranks.
     """
+    given = config.placement.ranks
+    if given is not None and sum(given.values()) != world:  # A run may be scored on fewer ranks, or one.
+        free = config.placement.model_copy(update={"ranks": None})
+        config = config.model_copy(update={"placement": free})
     return _dealt(config, world, rank, None)
 
 
@@ -213,18 +214,6 @@ def _dealt(config: RunConfig, world: int, rank: int, per_node: int | None) -> Pl
             f"ranks, found {world}; nearest: {_nearest_multiples(world, groups)}, or placement.kind = auto"
         )
     return Placement.even(num_peers, peers_per_rank, world, rank, only, wanted.order)
-
-
-def _check_even(config: RunConfig, placement: Placement) -> None:
-    parts = placement.replicas * config.train.accumulation * config.data.tuple_size
-    batch = config.data.global_batch
-    if batch % parts:
-        kin = "that are mixed" if config.data.augmentation.mixing.on else "of a class"
-        whole = f" in whole tuples of {config.data.tuple_size} images {kin}" if config.data.tuple_size > 1 else ""
-        raise ConfigError(
-            f"data.global_batch = {batch}: cannot be split evenly over {placement.replicas} replicas x "
-            f"{config.train.accumulation} micro-batches{whole}; nearest: {_nearest_multiples(batch, parts)}"
-        )
 
 
 def _listed(numbers: list[int]) -> str:

@@ -33,13 +33,17 @@ class Launch:
     rank: int
     local_rank: int
     world: int
+    per_node: int | None = None
+    """Ranks of this machine, where that is known."""
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Reads RANK, LOCAL_RANK and WORLD_SIZE."""
-        return cls(
-            int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        """Reads RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE."""
+        rank, local_rank, world, per_node = (
+            int(os.environ.get(name, otherwise))
+            for name, otherwise in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 0))
         )
+        return cls(rank, local_rank, world, per_node or None)
 
 
 def choose_device(wanted: str, launch: Launch) -> torch.device:
@@ -222,3 +226,28 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return _Gather.apply(gradients[0].contiguous(), ctx.group), None
+
+
+def all_to_all(tensor: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Flat pieces of so many numbers for each rank of the group -> those that came from each, flat, without gradient.
+    One collective; a piece may be empty."""
+    got = tensor.new_empty(sum(received))
+    dist.all_to_all_single(got, tensor.contiguous(), received, sent, group=group)
+    return got
+
+
+def all_to_all_with_gradient(tensor: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The same, with one collective backward that brings each number's gradient back to its owner. The backward pass
+    can itself be differentiated, as often as one likes."""
+    return _AllToAll.apply(tensor, sent, received, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return all_to_all(tensor, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return _AllToAll.apply(gradients[0], ctx.received, ctx.sent, ctx.group), None, None, None

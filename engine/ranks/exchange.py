@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.ranks.collectives import GatherObjects, all_gather, all_gather_with_gradient, gather_objects
-from engine.ranks.placement import Placement
+from engine.ranks.collectives import (
+    GatherObjects,
+    all_gather,
+    all_gather_with_gradient,
+    all_to_all,
+    all_to_all_with_gradient,
+    gather_objects,
+)
+from engine.ranks.packing import Shapes, apart, as_digits, as_numbers, packed, size_of, unpacked
+from engine.ranks.placement import Placement, Share, interval
+from engine.ranks.routes import NUMBERS_OF_A_ROW, Route, gathers, route
 from losses import Signals
-
-_Shapes = list[tuple[str, tuple[int, ...]]]
 
 
 class Exchange:
-    """Shows the signals of this rank's peers to the ranks that hold the others, and theirs to this rank."""
+    """Shows the signals of this rank's peers to the ranks that hold the others, and theirs to this rank.
+
+    Args:
+        placement: of this rank.
+        group: of `placement.exchange_ranks`.
+        wire: format of signals under way.
+    """
 
     def __init__(
         self,
@@ -28,41 +41,52 @@ class Exchange:
         self._placement, self.group, self._wire = placement, group, wire
         self.gather_objects: GatherObjects = gather_objects
         """How ranks tell each other the shapes of what they show, once for each set of shapes."""
-        self._layouts: dict[tuple[_Key, ...], list[list[_Shapes]]] = {}
+        ranks = placement.exchange_ranks
+        self._own = ranks.index(placement.rank)
+        self.groups = [placement.of(rank).group for rank in ranks]
+        """Which group each of the ranks is in that exchange."""
+        # Of each group, the place of one of its ranks among them.
+        self._speakers = [self.groups.index(g) for g in range(len(placement.groups))]
+        self._layouts: dict[object, list[dict[int, Shapes]]] = {}
+        self._routes: dict[tuple[int, int, bool], Route] = {}
 
     def __call__(
         self,
         own: Mapping[int, Signals],
         mode: Literal["none", "detached", "differentiable"] = "detached",
         *,
+        share: Share | None = None,
         private: Sequence[str] = (),
         everywhere: Sequence[str] = (),
-        rows: tuple[Tensor, Tensor] | None = None,
+        labels: tuple[Tensor, Tensor] | None = None,
         wire: torch.dtype | None = None,
     ) -> Sequence[Signals]:
-        """One all-gather, or none where all that is asked for is here or `mode` is `none`: over the exchange group, or
-        over the world where signals are wanted `everywhere`.
+        """One collective, or none where all that is asked for is here or `mode` is `none`: over the exchange group, or
+        over the world where signals are wanted `everywhere`. An all-gather where the ranks have as many rows each,
+        otherwise an all-to-all, which brings each rank the rows that it sees itself.
 
         Args:
-            own: signals of each resident, every tensor of the same N rows on all ranks of the group.
+            own: signals of each resident, every tensor of this rank's N rows.
             mode: `detached`: the other peers' signals are constants. `differentiable`: the gradients that other ranks
                 have for this rank's signals come back in the backward pass. `none`: the others' signals stay empty.
+            share: which rows these are of a batch. May be left out where the placement is even and nothing is wanted
+                everywhere.
             private: names of signals that are not sent.
             everywhere: names of signals that are wanted for the rows of all replicas too, see `AllRows.everywhere`.
-            rows: the targets and ids of the N rows, int64 [N] each, which go with signals that are wanted everywhere.
+            labels: the targets and ids of the N rows, int64 [N] each, which go with signals that are wanted everywhere.
             wire: the format under way, if it is not the run's.
 
         Returns:
             The signals of all K peers in order, in float32: the residents' own tensors, live, and the others' copies.
             Those of peers that live in other jobs are empty.
         """
-        placement = self._placement
+        placement, wire = self._placement, wire or self._wire
         own = {k: {name: x.float() for name, x in signals.items()} for k, signals in own.items()}
         group = _world() if everywhere else self.group
         if mode == "none" or group.size() == 1:
             alone = {f"all_{name}": name for name in everywhere}
             return [
-                {**signals, **{new: signals[name] for new, name in alone.items()}, **_all_rows(rows)}
+                {**signals, **{new: signals[name] for new, name in alone.items()}, **_all_rows(labels)}
                 if k in own
                 else {}
                 for k, signals in ((k, own.get(k, {})) for k in range(placement.num_peers))
@@ -70,41 +94,130 @@ class Exchange:
         sent = {k: {name: x for name, x in signals.items() if name not in private} for k, signals in own.items()}
         if len(placement.groups) == 1:
             sent = {k: {name: signals[name] for name in everywhere} for k, signals in own.items()}
-        if rows is not None:
-            first = placement.residents[0]
-            sent[first] = {**sent[first], "targets": _digits(rows[0]), "ids": _digits(rows[1])}
-        layout = self._layout(sent)
-        flat = torch.cat([x.reshape(-1) for k in placement.residents for x in sent[k].values()])
-        flat = flat.to(wire or self._wire)
-        longest = max(_numel(shapes) for shapes in layout)
-        flat = torch.nn.functional.pad(flat, (0, longest - flat.numel()))
-        if mode == "differentiable":
-            gathered = all_gather_with_gradient(flat, group)
+        if gathers(placement, share, everywhere=bool(everywhere)):
+            shown, labels = self._gathered(sent, mode, everywhere, labels, wire, group)
         else:
-            gathered = all_gather(flat.detach(), group)
-        replicas = gathered.float().view(len(layout), -1, longest).unbind(1)
-        here = placement.replica if everywhere else 0
-        # This rank's rows first, then those of the replicas after it, round and round.
-        shown = [_unpack(replica, layout) for replica in (*replicas[here:], *replicas[:here])]
-        if rows is not None:
-            targets, ids = (_whole(torch.cat([peers[0][name] for peers in shown])) for name in ("targets", "ids"))
-            rows = targets, ids
-        return [
-            {
-                **own.get(k, {name: x for name, x in shown[0][k].items() if name not in ("targets", "ids")}),
-                **{f"all_{name}": torch.cat([peers[k][name] for peers in shown]) for name in everywhere},
-                **_all_rows(rows),
-            }
-            for k in range(placement.num_peers)
-        ]
+            assert share is not None
+            shown, labels = self._routed(sent, mode, share, everywhere, labels, wire, group)
+        return [{**shown[k], **own.get(k, {}), **_all_rows(labels)} for k in range(placement.num_peers)]
 
-    def _layout(self, own: Mapping[int, Signals]) -> list[list[_Shapes]]:
+    def whole(self, own: Mapping[int, Signals], *, wire: torch.dtype = torch.float32) -> Sequence[Signals]:
+        """Tensors of any shapes, without gradient, equal on all ranks that hold a peer: see `ExchangeAfterStep`.
+
+        One collective. Where the placement is even, an all-gather of everybody's; otherwise an all-to-all in which a
+        rank gets what it lacks and no more: of each other group, a part from each of its ranks.
+        """
+        placement = self._placement
+        if placement.is_even:
+            return self(own, wire=wire)
+        own = {k: {name: x.float() for name, x in signals.items()} for k, signals in own.items()}
+        layout = self._layout(
+            [[(name, tuple(x.shape)) for name, x in own[k].items()] for k in placement.residents], "whole"
+        )
+        sizes = [size_of(peers) for peers in layout]
+        flat = torch.cat([x.detach().reshape(-1) for k in placement.residents for x in own[k].values()]).to(wire)
+        held = [
+            interval(sizes[g], 1, sum(h == g for h in self.groups[:i]), self.groups.count(g))
+            for i, g in enumerate(self.groups)
+        ]
+        mine, others = held[self._own], [g != placement.group for g in self.groups]
+        piece = flat[mine.start : mine.stop]
+        out = [len(mine) * other for other in others]
+        back = [len(part) * other for part, other in zip(held, others, strict=True)]
+        got = all_to_all(piece.repeat(sum(others)), out, back, self.group).float().split(back)
+        shown: dict[int, Signals] = dict(own)
+        for g, peers in enumerate(layout):
+            if g != placement.group:
+                row = torch.cat([got[i] for i, h in enumerate(self.groups) if h == g])
+                shown |= apart(row, peers)
+        return [shown[k] for k in range(placement.num_peers)]
+
+    def _gathered(
+        self,
+        sent: Mapping[int, Signals],
+        mode: str,
+        everywhere: Sequence[str],
+        labels: tuple[Tensor, Tensor] | None,
+        wire: torch.dtype,
+        group: dist.ProcessGroup,
+    ) -> tuple[dict[int, Signals], tuple[Tensor, Tensor] | None]:
+        placement = self._placement
+        if labels is not None:
+            first = placement.residents[0]
+            numbered = {"targets": as_digits(labels[0]), "ids": as_digits(labels[1])}
+            sent = {**sent, first: {**sent[first], **numbered}}
+        layout = self._layout(
+            [[(name, tuple(x.shape)) for name, x in sent[k].items()] for k in placement.residents], "batch"
+        )
+        flat = torch.cat([x.reshape(-1) for k in placement.residents for x in sent[k].values()]).to(wire)
+        longest = max(size_of(peers) for peers in layout)
+        flat = torch.nn.functional.pad(flat, (0, longest - flat.numel()))
+        gathered = (
+            all_gather_with_gradient(flat, group) if mode == "differentiable" else all_gather(flat.detach(), group)
+        )
+        rows = gathered.float().unbind()
+        # This rank's rows first, then those of the replicas after it, round and round.
+        here, count = placement.replica, placement.replicas if everywhere else 1
+        places = [
+            [g.ranks[(here + j) % count] for g in placement.groups] if everywhere else self._speakers
+            for j in range(count)
+        ]
+        replicas = [
+            _together(apart(rows[place], peers) for place, peers in zip(each, layout, strict=True)) for each in places
+        ]
+        if labels is not None:
+            first = placement.groups[0].peers[0]
+            digits = [torch.cat([peers[first][name] for peers in replicas]) for name in ("targets", "ids")]
+            labels = as_numbers(digits[0]), as_numbers(digits[1])
+        return {
+            k: {
+                **{name: x for name, x in signals.items() if name not in ("targets", "ids")},
+                **{f"all_{name}": torch.cat([peers[k][name] for peers in replicas]) for name in everywhere},
+            }
+            for k, signals in replicas[0].items()
+        }, labels
+
+    def _routed(
+        self,
+        sent: Mapping[int, Signals],
+        mode: str,
+        share: Share,
+        everywhere: Sequence[str],
+        labels: tuple[Tensor, Tensor] | None,
+        wire: torch.dtype,
+        group: dist.ProcessGroup,
+    ) -> tuple[dict[int, Signals], tuple[Tensor, Tensor] | None]:
+        placement, way = self._placement, self._route(share, everywhere=bool(everywhere))
+        layout = self._layout(
+            [[(name, tuple(x.shape[1:])) for name, x in sent[k].items()] for k in placement.residents], "row"
+        )
+        near = [_only(peers, lambda name: name not in everywhere) for peers in layout]
+        wide = [_only(peers, lambda name: name in everywhere) for peers in layout]
+        numbered = 0 if labels is None else NUMBERS_OF_A_ROW
+        out, back = way.sizes([size_of(peers) for peers in near], [size_of(peers) for peers in wide], numbered)
+        flat = packed(sent, way, near, wide, labels).to(wire)
+        if mode == "differentiable":
+            got = all_to_all_with_gradient(flat, out, back, group)
+        else:
+            got = all_to_all(flat.detach(), out, back, group)
+        return unpacked(got.float().split(back), way, near, wide, numbered)
+
+    def _route(self, share: Share, *, everywhere: bool) -> Route:
+        key = share.batch, share.unit, everywhere
+        if key not in self._routes:
+            self._routes[key] = route(self._placement, share, everywhere=everywhere)
+        return self._routes[key]
+
+    def _layout(self, mine: list[Shapes], of: str) -> list[dict[int, Shapes]]:
         """Shapes of every peer's signals, group by group. Peers may differ in widths, so ranks tell each other once for
-        each set of shapes; the rows are the same on all ranks of the group, so all of them meet a new set together."""
-        mine = [[(name, tuple(x.shape)) for name, x in own[k].items()] for k in self._placement.residents]
-        key = tuple(tuple(shapes) for shapes in mine)
+        each set of shapes, and all of them meet a new set together."""
+        key = of, tuple(tuple(shapes) for shapes in mine)
         if key not in self._layouts:
-            self._layouts[key] = self.gather_objects(mine, self.group)
+            told = self.gather_objects(mine, self.group)
+            self._layouts[key] = [
+                dict(zip(group.peers, told[place], strict=True))
+                for group, place in zip(self._placement.groups, self._speakers, strict=True)
+            ]
         return self._layouts[key]
 
 
@@ -113,36 +226,13 @@ def _world() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-_Key = tuple[tuple[str, tuple[int, ...]], ...]
+def _only(peers: Mapping[int, Shapes], wanted: Callable[[str], bool]) -> dict[int, Shapes]:
+    return {k: [(name, shape) for name, shape in shapes if wanted(name)] for k, shapes in peers.items()}
 
 
-def _numel(peers: list[_Shapes]) -> int:
-    return sum(torch.Size(shape).numel() for shapes in peers for _, shape in shapes)
+def _together(groups: Iterable[dict[int, Signals]]) -> dict[int, Signals]:
+    return {k: signals for group in groups for k, signals in group.items()}
 
 
-def _unpack(rows: Tensor, layout: list[list[_Shapes]]) -> list[Signals]:
-    """[P, S] of one replica -> the signals of all K peers."""
-    peers: list[Signals] = []
-    for row, shapes in zip(rows, layout, strict=True):
-        sizes = [torch.Size(shape).numel() for peer in shapes for _, shape in peer]
-        pieces = iter(row[: sum(sizes)].split(sizes))
-        peers += [{name: next(pieces).view(shape) for name, shape in peer} for peer in shapes]
-    return peers
-
-
-_DIGITS = 4
-NUMBERS_OF_A_ROW = 2 * _DIGITS
-"""What a row's target and id are sent as."""
-
-
-def _digits(numbers: Tensor) -> Tensor:
-    """int64 [N] in 0 .. 2^32 - 1 -> its digits to the base 256, float32 [N, 4], which bf16 keeps exactly too."""
-    return torch.stack([numbers >> 8 * place & 255 for place in range(_DIGITS)], 1).float()
-
-
-def _whole(digits: Tensor) -> Tensor:
-    return sum(digits[:, place].long() << 8 * place for place in range(_DIGITS))  # type: ignore[return-value]
-
-
-def _all_rows(rows: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
-    return {} if rows is None else {"all_targets": rows[0], "all_ids": rows[1]}
+def _all_rows(labels: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    return {} if labels is None else {"all_targets": labels[0], "all_ids": labels[1]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import platform
 import socket
 from collections import Counter
@@ -54,6 +55,8 @@ def roll_call(config: RunConfig, device: torch.device, contents: Mapping[str, st
         "device": device.type,
         **program(contents),
     }
+    if config.placement.kind == "balanced":  # Which ranks a peer gets depends on what is a node.
+        mine["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "")
     everyone = _gather((socket.gethostname(), failure, mine))
     hosts = [host for host, _, _ in everyone]
     failed = {rank: why for rank, (_, why, _) in enumerate(everyone) if why}

@@ -17,14 +17,23 @@ class RanksDisagreeError(RuntimeError):
 
 
 def check_same_rows(cohort: Cohort, ids: Tensor, step: int) -> None:
-    """Peers that teach each other must have seen the same samples, row by row. ids int64 [n] of this rank's last batch.
+    """Peers that teach each other must have seen the same samples, row by row. ids int64 [n] of this rank's rows of the
+    last global batch.
 
     Raises:
         RanksDisagreeError: on every rank of the exchange group.
     """
     # Odd weights, so that an order is told from another; int64 wraps around, which is all a hash wants.
-    weights = torch.arange(len(ids), device=ids.device) * 0x5851F42D4C957F2D + 1
-    if not _equal((ids * weights).sum(), cohort.exchange.group):
+    rows = torch.cat([torch.arange(share.rows.start, share.rows.stop, device=ids.device) for share in cohort.shares])
+    mine = (ids * (rows * 0x5851F42D4C957F2D + 1)).sum().reshape(1)
+    if cohort.exchange.group.size() == 1:
+        return
+    # Each group of an exchange has the same rows, though its ranks may have others each.
+    sums = torch.zeros(len(cohort.placement.groups), dtype=torch.int64, device=ids.device)
+    sums.index_add_(
+        0, torch.tensor(cohort.exchange.groups, device=ids.device), all_gather(mine, cohort.exchange.group).flatten()
+    )
+    if not bool((sums == sums[0]).all().item()):
         raise RanksDisagreeError(f"step {step}: ranks that exchange signals have seen different samples")
 
 

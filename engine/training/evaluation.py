@@ -20,6 +20,7 @@ from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.training import calibration
 from engine.training.predictions import Ledger, Predictions
+from engine.training.showing import shown
 from losses.capabilities import HeldOutSurveys, Teachers
 
 
@@ -101,36 +102,34 @@ def evaluate(
     # Images, sum of their ids, sum of the squares of their ids; disagreements of all pairs; images that are not there.
     seen = torch.zeros(5, dtype=torch.int64, device=device)
     with _evaluated(networks), torch.inference_mode():
-        for rows in pipeline.evaluate(placement.replica, placement.replicas, batch):
-            with precision.autocast(device, autocast):
-                own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
-            signals = exchange(own, wire=torch.float32)  # or the ensemble would depend on who lives where
+        batches = pipeline.evaluate(placement.replica, placement.replicas, batch)
+        part = batches, pipeline.eval_size, classes
+        for ids, targets, signals in shown(networks, exchange, placement, *part, device, autocast):
             logits = torch.stack([signals[k]["logits"] for k in placement.peers])
             probabilities = F.softmax(logits, dim=-1)
             ensemble = probabilities.mean(0).clamp_min(torch.finfo(torch.float32).tiny).log()
             for row, k in enumerate(placement.peers):
                 if k in networks:
-                    _count(logits[row], rows.targets, among, right[row], loss[row])
+                    _count(logits[row], targets, among, right[row], loss[row])
             if placement.group == 0:
-                _count(ensemble, rows.targets, among, right[-1], loss[-1])
+                _count(ensemble, targets, among, right[-1], loss[-1])
                 if ledger is not None:
-                    ledger.add(rows.ids, rows.targets, torch.cat([logits, ensemble[None]]))
+                    ledger.add(ids, targets, torch.cat([logits, ensemble[None]]))
                 named = logits.argmax(-1)
                 different = (
                     torch.stack([(named[i] != named[j]).sum() for i, j in pairs]).sum() if pairs else seen[3] * 0
                 )
-                ids = rows.ids
                 given = torch.cat([probabilities, probabilities.mean(0, keepdim=True)]).double()
                 squares += given.square().sum((1, 2))
                 totals += given.sum(1).flatten()
-                off += calibration.excess(given, rows.targets).flatten()
+                off += calibration.excess(given, targets).flatten()
                 centred = logits.double() - logits.double().mean(-1, keepdim=True)
                 lengths += centred.square().sum((1, 2))
                 if pairs:
                     gaps += torch.stack([(centred[i] - centred[j]).square().sum() for i, j in pairs])
-                count, missing = torch.tensor(len(ids), device=device), (rows.targets < 0).sum()
+                count, missing = torch.tensor(len(ids), device=device), (targets < 0).sum()
                 seen += torch.stack([count, ids.sum(), (ids * ids).sum(), different, missing])
-            counted(len(rows.ids))
+            counted(len(ids))
 
     dist.all_reduce(right)
     dist.all_reduce(sums)
@@ -236,11 +235,11 @@ def survey(cohort: Cohort, pipeline: Pipeline) -> bool:
     placement, networks = cohort.placement, cohort.networks()
     total = torch.zeros(placement.num_peers**2 + 1, dtype=torch.float64, device=cohort.device)
     with _evaluated(networks), torch.no_grad():
-        for rows in pipeline.held_out(placement.replica, placement.replicas, cohort.config.evaluation.batch):
-            with precision.autocast(cohort.device, cohort.autocast):
-                own = {k: {"logits": network(rows.images)} for k, network in networks.items()}
-            total[:-1] += method.survey(cohort.exchange(own, wire=torch.float32), rows.targets).flatten()
-            total[-1] += len(rows.targets)
+        batches = pipeline.held_out(placement.replica, placement.replicas, cohort.config.evaluation.batch)
+        part, numbers = (batches, pipeline.held_out_size, cohort.num_classes), (cohort.device, cohort.autocast)
+        for _, targets, signals in shown(networks, cohort.exchange, placement, *part, *numbers):
+            total[:-1] += method.survey(signals, targets).flatten()
+            total[-1] += len(targets)
     _drop_maps(cohort)
     # All groups of peers have the same sums; over the world they come out the same bits everywhere.
     dist.all_reduce(total)

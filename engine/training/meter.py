@@ -77,7 +77,7 @@ class Meter:
         for step, (columns, _) in enumerate(self._steps):
             alike.setdefault(columns, []).append(step)
         for columns, steps in alike.items():
-            holders = [self._placement.world if k is None else self._placement.replicas for k, *_ in columns]
+            holders = [self._holders(column) for column in columns]
             share = torch.tensor([1.0, *(1 / n for n in holders)], device=self._device)
             places = [0, *(1 + self._columns.index(column) for column in columns)]
             rows = torch.tensor(steps, device=self._device)[:, None]
@@ -87,6 +87,13 @@ class Meter:
         dist.all_reduce(table)
         table[:, 0] = torch.cat(self._skipped)
         return table.double().cpu()
+
+    def _holders(self, column: _Column) -> float:
+        """What the sum over all ranks is divided by. Terms are weighted for the mean number of replicas."""
+        k, _, is_term = column
+        if k is None:
+            return self._placement.world
+        return self._placement.mean_replicas if is_term else self._placement.replicas
 
     def _close(self, table: Tensor) -> Reading:
         skipped = table[:, 0] > 0

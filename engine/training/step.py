@@ -13,6 +13,7 @@ from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.cohort.optim import clip_units, gradient_norm, unscale, update
 from engine.cohort.outer_step import outer_gradients
+from engine.ranks.placement import Share
 from engine.training.timing import Clock
 from losses import Progress, Signals, Terms
 from losses.capabilities import ActsAfterStep, AfterStep
@@ -22,7 +23,8 @@ class Outcome(NamedTuple):
     """What a step tells of itself, for the meter."""
 
     terms: Terms
-    """Of the objective, detached, averaged over the micro-batches."""
+    """Of the objective, detached: the sum over micro-batches, each weighted by its rows. Added up over the ranks of a
+    group and divided by D, their mean number, they are means over the rows of the global batch."""
     norms: dict[int, Tensor]
     """The norm of each resident's gradient, before it was clipped."""
     skipped: Tensor
@@ -38,7 +40,7 @@ def train_step(
 
     Args:
         cohort: what learns on this rank.
-        batches: the micro-batches, one after another; each is 1/len(batches) of the rank's rows.
+        batches: the micro-batches, one after another, as in `Cohort.shares`.
         progress: of the run; `progress.step` updates have been done.
         clock: told when each part of the step is over.
         stop: [1] on the device, the number of a signal that this rank got, 0 without. It travels with what the ranks
@@ -51,13 +53,14 @@ def train_step(
     everywhere: list[Sequence[Signals]] = []
     cohort.begin_step(progress.step)
 
-    for micro, batch in enumerate(batches):
+    for micro, (batch, share) in enumerate(zip(batches, cohort.shares, strict=True)):
         last = micro == len(batches) - 1
         with cohort.gradients_stay_here(not last):
-            for learners, signals, terms in _gradients(cohort, batch, progress, micro, len(batches), clock):
+            parts = _parts(cohort, share)
+            for learners, signals, terms in _gradients(cohort, batch, share, progress, micro, clock):
                 everywhere.append([_wide(peer) for peer in signals])
                 for key, term in terms.items():
-                    total[key] = total.get(key, 0) + term / len(batches)
+                    total[key] = total.get(key, 0) + term / parts
                 if last:
                     skip, stop, found = _update(cohort, learners, total, stop)
                     skipped, norms = torch.maximum(skipped, skip), norms | found
@@ -76,7 +79,7 @@ def train_step(
                 progress=progress,
             )
         )
-    if cohort.outer_optimizers() and outer_gradients(cohort, batches[-1], progress):
+    if cohort.outer_optimizers() and outer_gradients(cohort, batches[-1], cohort.shares[-1], progress):
         stop = _outer_update(cohort, stop)
     cohort.update_averages(progress.step)
     clock.mark("optimizer")
@@ -84,10 +87,11 @@ def train_step(
 
 
 def _gradients(
-    cohort: Cohort, batch: Batch, progress: Progress, micro: int, parts: int, clock: Clock
+    cohort: Cohort, batch: Batch, share: Share, progress: Progress, micro: int, clock: Clock
 ) -> Iterator[tuple[Sequence[int], Sequence[Signals], Terms]]:
-    """Forward, exchange, objective and backward, turn after turn: the learners of a turn get 1/parts of a micro-batch's
-    gradients added to theirs. What the caller does to their weights before it asks for the next turn, that turn sees.
+    """Forward, exchange, objective and backward, turn after turn: the learners of a turn get a micro-batch's
+    gradients, weighted by its rows, added to theirs. What the caller does to their weights before it asks for the next
+    turn, that turn sees.
 
     Yields:
         The learners, the signals of all peers, and the detached terms.
@@ -97,12 +101,12 @@ def _gradients(
     for turn in cohort.turns:
         learners = [k for k in turn if k in cohort.residents]
 
-        signals = cohort.share(own, batch)
+        signals = cohort.share(own, batch, share)
         clock.mark("exchange")
 
         terms = cohort.objective(learners, signals, batch.targets, progress, micro)
         if terms:
-            loss = torch.stack(list(terms.values())).sum() / parts
+            loss = torch.stack(list(terms.values())).sum() / _parts(cohort, share)
             cohort.scaler.scale(loss).backward()
         clock.mark("backward")
         yield learners, signals, {key: term.detach() for key, term in terms.items()}
@@ -112,7 +116,13 @@ def _gradients(
             clock.mark("forward")
 
 
-def settle(cohort: Cohort, rows: int, progress: Progress) -> None:
+def _parts(cohort: Cohort, share: Share) -> float:
+    """What the mean over a share's rows is divided by: G / (n D) for n of G rows and groups of D ranks in the mean. The
+    number of micro-batches where everything is even."""
+    return cohort.config.data.global_batch / (len(share.rows) * cohort.placement.mean_replicas)
+
+
+def settle(cohort: Cohort, progress: Progress) -> None:
     """One pass forward and backward on black images, of which nothing is kept.
 
     DDP lays its buckets out anew after the first backward pass, and the sum over three or more ranks rounds differently
@@ -120,10 +130,12 @@ def settle(cohort: Cohort, rows: int, progress: Progress) -> None:
     first step of either; unless no gradient is averaged, here or elsewhere.
     """
     placement = cohort.placement
-    if placement.replicas == 1 and (placement.world == 1 or cohort.shared_optimizer is None):
+    replicas = max(len(group.ranks) for group in placement.groups)
+    if replicas == 1 and (placement.world == 1 or cohort.shared_optimizer is None):
         return
+    share = cohort.shares[0]
     cohort.begin_step(progress.step)
-    for _ in _gradients(cohort, blank(cohort, rows), progress, 0, 1, Clock(cohort.device)):
+    for _ in _gradients(cohort, blank(cohort, len(share.rows)), share, progress, 0, Clock(cohort.device)):
         pass
     cohort.restore_buffers(torch.ones(1, device=cohort.device))
 

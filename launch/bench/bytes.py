@@ -10,7 +10,7 @@ from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.config.loading import validate
 from engine.ranks.choosing import plan
-from engine.ranks.exchange import NUMBERS_OF_A_ROW
+from engine.ranks.routes import NUMBERS_OF_A_ROW
 from losses import Progress
 from losses.capabilities import AllRows
 

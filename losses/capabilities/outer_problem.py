@@ -29,7 +29,11 @@ class OuterStep:
     of the sum of what all ranks differentiate. BatchNorm uses the batch's statistics and keeps none. Every rank must
     call it, and differentiate, equally often."""
     average: Callable[[Mapping[int, Sequence[Tensor]]], dict[int, list[Tensor]]]
-    """The mean of the residents' tensors over all replicas, without gradient: one all-reduce."""
+    """The mean of the residents' tensors over all replicas, without gradient: one all-reduce. Of derivatives of what
+    was multiplied by `weight`, it is the derivative of the mean over all rows."""
+    weight: float
+    """What objectives, means over this rank's rows, are multiplied by before they are differentiated: 1 where all ranks
+    have as many rows."""
     lr: float
     """The residents' learning rate in this step."""
     momentum: float

@@ -99,14 +99,15 @@ def batches(
 ) -> Iterator[tuple[int, list[Batch]]]:
     """(step, micro-batches of this rank's rows) for each of the steps."""
     for step in steps:
-        rows = cohort.placement.rows(cohort.config.data.global_batch)
+        data, parts = cohort.config.data, cohort.config.train.accumulation
+        rows = cohort.placement.rows(data.global_batch, parts, data.tuple_size)
         whole = global_batch(cohort.config, step, channels)
         # The views differ by a shift of their brightness, as little as is enough to tell them apart.
         views = tuple(whole.images[rows] + 0.1 * view for view in cohort.views)
         mine = Batch(views, whole.targets[rows], whole.ids[rows])
         if spoil:
             spoil(step, dist.get_rank(), mine.images)
-        yield step, mine.split(cohort.config.train.accumulation)
+        yield step, mine.split([len(share.rows) for share in cohort.shares])
 
 
 def do_steps(cohort: Cohort, steps: Sequence[int], channels: int = 1, spoil: Spoil | None = None) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.launch.mistakes_of_balance import BALANCED
+
 CONFIG = """\
 name: small
 dir: {at}/run
@@ -170,9 +172,9 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "index_out_of_range": ("peers.1.copies=2", "peers.1: expected an index from 0 to 0, found '1'"),
     "text_for_index": ("peers.first.copies=2", "peers.first: expected an index from 0 to 0, found 'first'"),
     # Placement.
-    "batch_not_divisible": (
-        "train.accumulation=5",
-        "data.global_batch = 24: cannot be split evenly over 1 replicas x 5 micro-batches; nearest: 20 or 25",
+    "batch_too_small": (
+        "train.accumulation=25",
+        "data.global_batch = 24: 1 replicas x 25 micro-batches do not get a row each; expected at least 25",
     ),
     "world_does_not_fit": (
         "placement.kind=spread",
@@ -338,6 +340,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
         "dir={at}/small.yaml/run",
         "dir = '{at}/small.yaml/run': {at}/small.yaml is not a folder; expected a place for the run's folder",
     ),
+    **BALANCED,
 }
 
 JOBS = """\

@@ -50,11 +50,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_tuples_of_a_class_are_not_torn_apart(at: Path, command: Callable[..., Outcome]) -> None:
-    """24 rows in 4 micro-batches of 6, which is no multiple of 4."""
-    arguments = ("train.accumulation=4", "data.sampler=class_balanced", "data.images_per_class=4")
+    """24 rows are 6 tuples of 4, too few for 7 micro-batches."""
+    arguments = ("train.accumulation=7", "data.sampler=class_balanced", "data.images_per_class=4")
     message = (
-        "error: data.global_batch = 24: cannot be split evenly over 1 replicas x 4 micro-batches in whole tuples of 4 "
-        "images of a class; nearest: 16 or 32\n"
+        "error: data.global_batch = 24: 1 replicas x 7 micro-batches do not get a whole tuple of 4 images of a class "
+        "each; expected at least 28\n"
     )
     assert command(at / "small.yaml", *arguments) == (2, "", message)
 
@@ -327,10 +327,8 @@ def test_one_message_and_exit_code_2_from_a_process(at: Path) -> None:
 def test_a_rank_that_refuses_waits_for_no_other(at: Path) -> None:
     """Of a world of 2 only rank 0 is there: whoever joins a process group before the checks would hang."""
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    message = (
-        "error: data.global_batch = 25: cannot be split evenly over 2 replicas x 1 micro-batches; nearest: 24 or 26\n"
-    )
-    arguments = ("launch/train.py", at / "small.yaml", "data.global_batch=25", "placement.kind=colocated")
+    message = "error: data.global_batch = 1: 2 replicas x 1 micro-batches do not get a row each; expected at least 2\n"
+    arguments = ("launch/train.py", at / "small.yaml", "data.global_batch=1", "placement.kind=colocated")
     assert python(*arguments, **world) == (2, "", message)
 
 

@@ -125,7 +125,10 @@ def test_check_for_other_machines_asks_nothing_of_this_one(
     assert said.startswith("small: dml; colocated: all peers on every rank, 4 ranks a peer, 4 in all\n")
     assert errors == ""
     for arguments, message in (
-        ([*on_gpus, "--check", "--ranks", "7"], "global_batch = 24: cannot be split evenly over 7 replicas"),
+        (
+            [*on_gpus, "--check", "--ranks", "25"],
+            "global_batch = 24: 25 replicas x 1 micro-batches do not get a row each",
+        ),
         (["train.sync_bn=true", "--check", "--ranks", "2"], "train.sync_bn = True: works on CUDA devices only"),
         (["--check", "--ranks", "0"], "--ranks 0: expected a number of ranks, 1 or more, together with --check"),
         (["--ranks", "2"], "--ranks 2: expected a number of ranks, 1 or more, together with --check"),

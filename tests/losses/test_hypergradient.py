@@ -58,6 +58,7 @@ def as_step(
         outer=outer,
         show=show,
         average=lambda tensors: {k: list(own) for k, own in tensors.items()},
+        weight=1.0,
         lr=lr,
         momentum=momentum,
         weight_decay=decay,

@@ -199,12 +199,20 @@ def test_a_config_that_cannot_be_split_over_the_nodes_is_not_submitted(
     before = slurm("squeue", "--noheader")
     for nodes in (["--nodes=7"], ["--nodes", "7"], ["-N", "7"], ["-N7"]):
         done = subprocess.run(
-            ["bash", "slurm/submit.sh", run[1], *nodes, "--gpus-per-node=1", "placement.kind=colocated"],
+            [
+                "bash",
+                "slurm/submit.sh",
+                run[1],
+                *nodes,
+                "--gpus-per-node=1",
+                "placement.kind=colocated",
+                "data.global_batch=6",
+            ],
             capture_output=True,
             text=True,
         )
         assert done.returncode == 2
-        assert "data.global_batch = 24: cannot be split evenly over 7 replicas" in done.stderr
+        assert "data.global_batch = 6: 7 replicas x 1 micro-batches do not get a row each" in done.stderr
         assert done.stderr.endswith("not submitted\n")
     assert slurm("squeue", "--noheader") == before
     assert not list(checkout.glob("cohort-*"))

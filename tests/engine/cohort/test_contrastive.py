@@ -189,7 +189,9 @@ def gradients_and_terms(config: RunConfig, order: list[int] | None = None) -> tu
     for step in range(3):
         whole = global_batch(config, step)
         rows = torch.arange(len(whole.ids))[order or slice(None)][cohort.placement.rows(len(whole.ids))]
-        mine = Batch((whole.images[rows],), whole.targets[rows], whole.ids[rows]).split(config.train.accumulation)
+        mine = Batch((whole.images[rows],), whole.targets[rows], whole.ids[rows]).split(
+            [len(share.rows) for share in cohort.shares]
+        )
         terms = train_step(cohort, mine, Progress(step, STEPS_PER_EPOCH, 2), Clock(CPU)).terms
     named = {f"{k}/{n}": p for k, r in cohort.residents.items() for n, p in r.peer.named_parameters()}
     found = {name: p.detach().clone() for name, p in named.items()}

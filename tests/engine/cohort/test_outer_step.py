@@ -60,7 +60,7 @@ def found_by_the_engine(config: RunConfig) -> dict[str, Tensor]:
     for optimizer in cohort.optimizers():
         optimizer.zero_grad()
     [(_, [batch])] = batches(cohort, [STEP])
-    assert outer_gradients(cohort, batch, Progress(STEP, STEPS_PER_EPOCH, 2))
+    assert outer_gradients(cohort, batch, cohort.shares[-1], Progress(STEP, STEPS_PER_EPOCH, 2))
     return {f"{k}/{n}": p.grad for k, r in cohort.residents.items() for n, p in r.outer.items() if p.grad is not None}
 
 
@@ -231,7 +231,7 @@ def around_an_outer_step(config: RunConfig) -> tuple[Seen, Seen]:
     do_steps(cohort, [0, 1])
     [(_, [batch])] = batches(cohort, [STEP])
     before = state(cohort), optimizer_state(cohort)
-    assert outer_gradients(cohort, batch, Progress(STEP, STEPS_PER_EPOCH, 2))
+    assert outer_gradients(cohort, batch, cohort.shares[-1], Progress(STEP, STEPS_PER_EPOCH, 2))
     _outer_update(cohort, torch.zeros(1))
     return before, (state(cohort), optimizer_state(cohort))
 
@@ -279,7 +279,7 @@ def around_a_broken_outer_step(config: RunConfig, broken: int) -> tuple[Seen, Se
     before = state(cohort), optimizer_state(cohort)
     if cohort.placement.rank == broken:
         batch = Batch((batch.images * torch.nan,), batch.targets, batch.ids)
-    assert outer_gradients(cohort, batch, Progress(STEP, STEPS_PER_EPOCH, 2))
+    assert outer_gradients(cohort, batch, cohort.shares[-1], Progress(STEP, STEPS_PER_EPOCH, 2))
     _outer_update(cohort, torch.zeros(1))
     return before, (state(cohort), optimizer_state(cohort))
 

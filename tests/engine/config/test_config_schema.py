@@ -311,8 +311,8 @@ def test_all_ranks_of_a_job_are_replicas_of_its_peer(world: int, peers: int) -> 
             "placement.peers_per_rank = 3: expected a divisor of the number of peers, 4: one of 1, 2, 4",
         ),
         (
-            {"world": 4, "batch": 21, "parts": 2},
-            "data.global_batch = 21: cannot be split evenly over 2 replicas x 2 micro-batches; nearest: 20 or 24",
+            {"world": 4, "batch": 3, "parts": 2},
+            "data.global_batch = 3: 2 replicas x 2 micro-batches do not get a row each; expected at least 4",
         ),
     ],
 )

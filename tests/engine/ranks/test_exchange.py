@@ -297,7 +297,7 @@ def all_rows(peers: int, peers_per_rank: int, wire: torch.dtype, mode: str) -> A
         for k in placement.residents
     }
     shown = [
-        exchange(own, mode, private=["logits"], everywhere=["wide"], rows=(CLASS_IDS[mine], IMAGE_IDS[mine]))
+        exchange(own, mode, private=["logits"], everywhere=["wide"], labels=(CLASS_IDS[mine], IMAGE_IDS[mine]))
         for _ in range(2)
     ]
     return mine, list(placement.residents), shown[1]

@@ -56,11 +56,20 @@ def _raises(check: object) -> bool:
 def test_other_samples_or_another_order_are_found_on_every_rank(
     tiny: Path, tmp_path: Path, ids: list[list[int]], found: bool
 ) -> None:
-    assert run_world(2, _rows, small_run(tiny, tmp_path), ids) == [found, found]
+    assert run_world(2, _rows, small_run(tiny, tmp_path, data={"global_batch": 3}), ids) == [found, found]
+
+
+@pytest.mark.parametrize(("last", "found"), [([9, 2], False), ([2, 9], True)])
+def test_also_where_ranks_see_parts_of_what_others_see(
+    tiny: Path, tmp_path: Path, last: list[int], found: bool
+) -> None:
+    names = {"cifar_resnet8_b-0": 1, "cifar_resnet8_b-1": 2}
+    config = small_run(tiny, tmp_path, data={"global_batch": 3}, placement={"kind": "balanced", "ranks": names})
+    assert run_world(3, _rows, config, [[4, 9, 2], [4], last]) == [found] * 3
 
 
 def test_replicas_of_a_peer_may_see_different_samples(tiny: Path, tmp_path: Path) -> None:
-    config = small_run(tiny, tmp_path, placement={"kind": "colocated"})
+    config = small_run(tiny, tmp_path, data={"global_batch": 4}, placement={"kind": "colocated"})
     assert run_world(2, _rows, config, [[1, 2], [3, 4]]) == [False, False]
 
 

@@ -54,9 +54,12 @@ def test_a_step_can_be_rehearsed_and_waits_for_nothing(tiny: Path, tmp_path: Pat
 
 def test_pairs_stay_within_a_rank_and_a_micro_batch(tiny: Path, tmp_path: Path) -> None:
     config = _run(tiny, tmp_path, train={"epochs": 2, "accumulation": 2}, placement={"kind": "colocated"})
-    plan(config, 6, 0)
-    with pytest.raises(ConfigError, match=r"data.global_batch = 24: cannot be split evenly over 4 replicas x 2 micro"):
-        plan(config, 4, 0)
+    shares = [share for rank in range(4) for share in plan(config, 4, rank).cut(24, 2, 2)]
+    assert {len(share.rows) for share in shares} == {2, 4}  # 6 pairs of a micro-batch on 4 ranks
+    assert all(share.rows.start % 2 == 0 for share in shares)
+    message = r"data.global_batch = 24: 7 replicas x 2 micro-batches do not get a whole tuple of 2 images that are"
+    with pytest.raises(ConfigError, match=message):
+        plan(config, 7, 0)
 
 
 @pytest.mark.parametrize("method", [{"name": "mcl"}, {"name": "lmcl"}, {"name": "kdcl", "ensemble": "minlogit"}])

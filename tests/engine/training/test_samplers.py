@@ -86,6 +86,6 @@ def test_replicas_get_whole_tuples(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(config, 8, 0)
     assert str(caught.value) == (
-        "data.global_batch = 16: cannot be split evenly over 8 replicas x 1 micro-batches in whole tuples of 4 images "
-        "of a class; nearest: 32"
+        "data.global_batch = 16: 8 replicas x 1 micro-batches do not get a whole tuple of 4 images of a class each; "
+        "expected at least 32"
     )
