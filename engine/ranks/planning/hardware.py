@@ -68,6 +68,9 @@ DISPATCH = 32e-6
 DECODED = 6530.0
 """Images a second that DALI decodes with a GPU's help, 8 threads, on an H200 alone, 500 x 375 (docs/gpu.md)."""
 
+DECODED_ON_CPU = 2504.0
+"""The same without, by 8 threads (docs/gpu.md)."""
+
 BUCKET = 25 * 2**20
 """Bytes of gradients that DDP sends at a time; those of the last bucket are never sent while something is computed."""
 
