@@ -21,14 +21,13 @@ from dataclasses import dataclass, replace
 import yaml
 
 from data_pipelines import DataError, check_files
-from data_pipelines.sources.sections import PHOTOS
 from engine.config import ConfigError, RunConfig
 from engine.config import loading as configuration
 from engine.outlook import USABLE, Held, largest_batch, largest_share, memory_of, with_signals
 from engine.ranks.choosing import candidates, plan
 from engine.ranks.collectives import Launch
 from engine.ranks.placement import Placement
-from engine.ranks.planning.hardware import DECODED, DECODED_ON_CPU, GPUS, gpu_of
+from engine.ranks.planning.hardware import GPUS, gpu_of
 from engine.ranks.planning.planner import Cluster, Load, Prediction, choose, load_of, predict, short
 from engine.rehearsal import Images, readable
 from launch.bench.passes import timed_peers
@@ -105,7 +104,6 @@ def look_ahead(config: RunConfig, gpus: int, cluster: Cluster, *, measure: bool)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"peers: a step of these peers cannot be made without numbers: {reason}") from None
-    load = _with_decoding(load, config)
     if measure:
         load = replace(load, peers=timed_peers(config, load, images.num_classes, gpus))
     found = candidates(load, gpus, order=config.placement.order, per_node=cluster.per_node)
@@ -120,16 +118,6 @@ def look_ahead(config: RunConfig, gpus: int, cluster: Cluster, *, measure: bool)
     first = replace(load, peers=load.peers[:1], shown=None, everywhere=None)
     alone = predict(Placement.even(1, 1, gpus, 0), first, cluster)
     return Outlook(load, predictions, best, why, held, images, alone, given)
-
-
-def _with_decoding(load: Load, config: RunConfig) -> Load:
-    data = config.data
-    if data.dataset not in PHOTOS:
-        return load
-    if data.decoding.decoder in ("auto", "mixed"):  # A GPU decodes, and passes nothing on.
-        return replace(load, decoded=DECODED, shared_decode=False)
-    shares = data.shared_decode != "off" and data.views == "shared"
-    return replace(load, decoded=DECODED_ON_CPU * data.decoding.threads / 8, shared_decode=shares)
 
 
 def _fits(placement: Placement, load: Load, cluster: Cluster, held: Callable[[Sequence[int]], Held]) -> bool:

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from data_pipelines.sources.sections import PHOTOS
 from engine.config import RunConfig
 from engine.ranks.placement import Group, Placement, Share
 from engine.ranks.planning.footprint import footprint_of
-from engine.ranks.planning.hardware import BUCKET, LATENCY, LINKS, OVERLAPPED, Gpu
+from engine.ranks.planning.hardware import BUCKET, DECODED, DECODED_ON_CPU, LATENCY, LINKS, OVERLAPPED, Gpu
 from engine.ranks.routes import NUMBERS_OF_A_ROW, gathers, overlap
 from losses import METHODS
 
@@ -75,14 +76,27 @@ def load_of(config: RunConfig, gpu: Gpu, classes: int | None = None) -> Load:
         seconds = functools.cache(functools.partial(counted.seconds, gpu=gpu, tf32=tf32, compiled=compiled))
         peers.append(PeerLoad(name, seconds, 4 * counted.parameters))
     shows = METHODS[config.method.name].exchange != "none"
+    decoded, shared = _decoder(config)
     return Load(
         peers,
         config.data.global_batch,
         config.train.accumulation,
         config.data.tuple_size,
+        decoded=decoded,
+        shared_decode=shared,
         shown=dict.fromkeys(range(len(peers)), classes) if shows else None,
         wire=2 if config.placement.exchange_dtype == "bf16" else 4,
     )
+
+
+def _decoder(config: RunConfig) -> tuple[float | None, bool]:
+    """Images a second that a rank decodes, if any, and whether ranks of a node share them."""
+    data = config.data
+    if data.dataset not in PHOTOS:
+        return None, False
+    if data.decoding.decoder in ("auto", "mixed"):  # A GPU decodes, and passes nothing on.
+        return DECODED, False
+    return DECODED_ON_CPU * data.decoding.threads / 8, data.shared_decode != "off" and data.views == "shared"
 
 
 @dataclass(frozen=True)
@@ -340,17 +354,16 @@ def _exchange_spans(placement: Placement, load: Load, cluster: Cluster) -> bool:
 
 
 def _decoding(shares: Sequence[_Shares], load: Load, cluster: Cluster) -> float:
-    """Seconds in which the rows of a step are decoded on the node that has most to decode for each of its ranks."""
+    """Seconds until the rank that has most to decode in a step has done so; where they share, ranks of the node do."""
     if load.decoded is None:
         return 0.0
+    if not load.shared_decode:
+        return max(sum(len(share.rows) for share in own) for own in shares) / load.decoded
     wanted: dict[int, list[range]] = {}
     for rank, own in enumerate(shares):
         wanted.setdefault(cluster.node(rank), []).extend(share.rows for share in own)
     ranks = Counter(cluster.node(rank) for rank in range(len(shares)))
-    return max(
-        (distinct(each) if load.shared_decode else sum(map(len, each))) / (ranks[node] * load.decoded)
-        for node, each in wanted.items()
-    )
+    return max(distinct(each) / (ranks[node] * load.decoded) for node, each in wanted.items())
 
 
 def distinct(intervals: Sequence[range]) -> int:

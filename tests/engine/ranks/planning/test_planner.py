@@ -173,3 +173,11 @@ def test_given_ranks_are_proportions_where_the_launcher_may_start_anew(monkeypat
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert [len(group.ranks) for group in plan(config, 8, 0).groups] == [2, 6]
     assert [len(group.ranks) for group in plan(config, 4, 0).groups] == [1, 3]
+
+
+def test_decoding_that_is_behind_is_counted() -> None:
+    """24 rows, costs 1 and 1, spread over 4 ranks of a node, 12 rows and 12 s each; a rank decodes half a row a second.
+    Apart, each decodes its 12 rows in 24 s. Together, 4 ranks decode 24 rows in 12 s, as long as the step takes."""
+    for shared, late in ((False, 12.0), (True, 0.0)):
+        load = Load(peers(1.0, 1.0), 24, decoded=0.5, shared_decode=shared)
+        assert predict(Placement.even(2, 1, 4, 0), load, Cluster(H100, 4)).decode == pytest.approx(late)
