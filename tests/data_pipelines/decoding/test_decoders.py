@@ -108,11 +108,13 @@ def _opened(root: Path, decoder: str, **options: object) -> Pipeline:
     )
 
 
-def test_both_show_the_same_windows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_both_show_the_same_windows(tmp_path: Path, interpolation: str) -> None:
     """Within 2 levels on average: they scale with other filters' roundings, and crop and flip alike."""
     pytest.importorskip("nvidia.dali")
     write_photos(tmp_path)
-    ours, dali = (_opened(tmp_path, decoder) for decoder in ("torchvision", "cpu"))
+    image = {"size": 48, "resize": 56, "interpolation": interpolation}
+    ours, dali = (_opened(tmp_path, decoder, image=image) for decoder in ("torchvision", "cpu"))
     for a, b in zip(ours.train(0, 0, slice(0, 8)), dali.train(0, 0, slice(0, 8)), strict=True):
         assert a.ids.tolist() == b.ids.tolist()
         assert a.targets.tolist() == b.targets.tolist()
