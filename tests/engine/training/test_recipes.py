@@ -39,6 +39,17 @@ def test_ranks_and_placements_do_not_change_the_numbers(tiny: Path, tmp_path: Pa
     assert_same_weights(weights(tmp_path / "both"), weights(tmp_path / "replicas"))
 
 
+def test_weights_of_classes_and_a_part_of_the_data_on_any_placement(tiny: Path, tmp_path: Path) -> None:
+    """With hard labels, which the mean over rows does not divide by."""
+    data = {"class_weights": [1.0, 9.0] * 5, "fraction": 0.8}
+    for name, ranks in (("colocated", 1), ("spread", 2)):
+        run_ranks(ranks, train_here, small_run(tiny, tmp_path / name, data=data, placement={"kind": name}))
+    assert_same_weights(weights(tmp_path / "spread"), weights(tmp_path / "colocated"))
+    run_ranks(1, train_here, small_run(tiny, tmp_path / "alike", data={"fraction": 0.8}))
+    with pytest.raises(AssertionError):
+        assert_same_weights(weights(tmp_path / "alike"), weights(tmp_path / "colocated"))
+
+
 def test_a_resumed_run_ends_with_the_same_bits(tiny: Path, tmp_path: Path) -> None:
     run_ranks(1, train_here, _run(tiny, tmp_path / "cut", train={"epochs": 1}, schedule={"name": "constant"}))
     run_ranks(1, train_here, _run(tiny, tmp_path / "cut", schedule={"name": "constant"}))
