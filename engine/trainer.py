@@ -28,6 +28,7 @@ from engine.ranks.heartbeat import Whereabouts, heartbeat
 from engine.ranks.place import Place
 from engine.ranks.placement import Placement
 from engine.reporting.lines import Stretch, report_end, report_scores, report_training
+from engine.reporting.opening import summary
 from engine.reporting.predictions import write_tables
 from engine.reporting.tracking import Tracker, follow, last_evaluation
 from engine.safety import going_on, loading, rollback, saving
@@ -214,11 +215,11 @@ class _Run:
             self.cohort.meeting.start_over()
         if self.placement.rank == 0:
             self.tracker = follow(self.config, self.placement, self.step, self.steps, found.said, self._held.check)
+            self.tracker.say("\n".join(summary(self.config, self.placement, self.pipeline, self.device, self.steps)))
             write_json(self.config.folder / "classes.json", self.pipeline.class_names)
         if not self.step:
             say = self.tracker.say if self.tracker else _say_nothing
-            notes = [*remarks(self.config, self.steps_per_epoch, self.pipeline.train_size), *twins(self.cohort)]
-            for note in notes:
+            for note in (*remarks(self.config, self.steps_per_epoch, self.pipeline.train_size), *twins(self.cohort)):
                 say(f"note: {note}")
 
     def where(self) -> Place:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from signal import Signals
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.config import RunConfig
@@ -56,13 +58,20 @@ def training_line(config: RunConfig, stretch: Stretch, reading: Reading, signs: 
 
 def report_training(tracker: Tracker, config: RunConfig, stretch: Stretch, reading: Reading, signs: Signs) -> None:
     """Keeps a line about training, and shows the mean loss of the peers that this run trains, and the speed."""
-    line = training_line(config, stretch, reading, signs)
+    line = training_line(config, stretch, reading, signs) | {"speed/peak_mib": peak_mib()}
     tracker.write(stretch.end, line)
     loss = sum(values.nanmean().item() for values in reading.terms.values()) / len(config.learners)
     images = f"{line['speed/images_per_second']:.0f}/s"
     tracker.progress(stretch.end, lr=f"{stretch.lr:.3g}", loss=f"{loss:.3f}", images=images)
     if reading.skipped:
         tracker.say(f"step {stretch.end}: {reading.skipped} updates skipped since the last line: non-finite numbers")
+
+
+def peak_mib() -> float:
+    """The most memory that this rank has had: of its GPU, as torch has allocated it, or of its process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def report_scores(
@@ -75,7 +84,7 @@ def report_scores(
         for key, value in scores.items()
         if key.endswith("/top1") and key[:3] == "val"
     )
-    tracker.say(f"epoch {int(epoch)}: top-1 % {shown}")
+    tracker.say(f"epoch {epoch:.4g}: top-1 % {shown}{tracker.left}")
 
 
 def report_end(tracker: Tracker, step: int, stopped_by: Signals, saved: bool, seconds: float) -> None:

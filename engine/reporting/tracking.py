@@ -15,14 +15,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from engine.config import RunConfig
 from engine.config.identity import changes
 from engine.config.loading import dump_anywhere
 from engine.files import opener, read_bytes, read_text, write_json, write_text
 from engine.ranks.placement import Placement
 from engine.reporting.aside import Aside
+from engine.reporting.bar import Bar, clock
 from engine.reporting.console import Stderr
 from engine.reporting.wandb_run import WandbRun
 
@@ -196,17 +195,8 @@ class Tracker:
         self._stderr = Stderr()
         self._epochs = None if config.train.max_steps else config.train.epochs
         self._shown = dict[str, str]()
-        self._bar = tqdm(
-            file=self._stderr,
-            total=steps,
-            initial=step,
-            desc=config.title,
-            unit="step",
-            disable=not config.log.progress,
-            dynamic_ncols=True,
-            # A log file is read later: a line now and then is enough there.
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        )
+        self._bar = Bar(config.title, step, steps, self._stderr, shown=config.log.progress)
+        self._steps = steps
         self._wandb = WandbRun(config, self.say) if config.log.wandb != "disabled" else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -228,13 +218,19 @@ class Tracker:
         is as long as so many of them."""
         self._shown |= shown
         epochs = self._epochs
-        beside = {"epoch": f"{min(epochs, 1 + step * epochs // max(self._bar.total, 1))}/{epochs}"} if epochs else {}
-        self._bar.set_postfix({**beside, **self._shown}, refresh=False)
-        self._bar.update(step - self._bar.n)
+        beside = {"epoch": f"{min(epochs, 1 + step * epochs // max(self._steps, 1))}/{epochs}"} if epochs else {}
+        words = ", ".join(f"{key}={value}" for key, value in {**beside, **self._shown}.items())
+        self._bar.at(step, words, news=bool(shown))
+
+    @property
+    def left(self) -> str:
+        """How long the run will take from here, as far as that is known."""
+        seconds = self._bar.left
+        return f"; {clock(seconds)} left" if seconds else ""
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
-        self._bar.write(text, file=self._stderr)
+        self._bar.say(text)
 
     def alert(self, title: str, text: str) -> None:
         """Prints a line about something that a person should look at, and has wandb tell of it."""

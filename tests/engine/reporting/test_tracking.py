@@ -241,7 +241,16 @@ def test_training_writes_nothing_to_stdout(
     train_here(small_run(tiny, tmp_path, train={"epochs": 1}, log={"progress": progress}))
     out, err = capfd.readouterr()
     assert out == ""
-    assert ("step/s]" in err or "s/step]" in err or "5/5" in err) == progress
+    assert ("small: step 5 of 5, epoch=1/1, lr=" in err) == progress
+    assert [line.split() for line in err.splitlines() if line.startswith(("ranks ", "0 "))] == [
+        ["ranks", "rows", "peer", "network"],
+        ["0", "24", "cifar_resnet8_b-0", "cifar_resnet8_b"],
+    ]
+    assert (
+        "data   120 images of 10 classes to train on, 37 to validate; batches of 24, 5 steps an epoch, 5 in all" in err
+    )
+    # What is no terminal is a log.
+    assert "\r" not in err
 
 
 def write_on_a_full_disk(config: RunConfig) -> list[str | None]:
@@ -309,7 +318,7 @@ def test_the_bar_always_shows_where_the_run_is(
 
     def look(self: Tracker, step: int, **values: str) -> None:
         progress(self, step, **values)
-        shown.append(str(self._bar.postfix))
+        shown.append(self._bar.words)
 
     monkeypatch.setattr(Tracker, "progress", look)
     train_here(small_run(tiny, tmp_path, log={"progress": True, "every_steps": 2}))
