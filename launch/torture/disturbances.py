@@ -138,7 +138,7 @@ def _stop_a_rank(gang: Gang, rng: random.Random) -> Blow:
     os.kill(process, signal.SIGSTOP)
     gang.wait_until(lambda: not others & set(gang.workers().values()), "the end of the other ranks", alive=False)
     said = gang.said()
-    if "RankLostError: rank" not in said or f"Rank {rank} does not answer; it was last heard of at step" not in said:
+    if "RankLostError: rank" not in said or f"Rank {rank} does not answer; it was last heard of at " not in said:
         raise UnexpectedError(f"nobody has named rank {rank}, which was stopped")
     blow.found = f"named after {time.monotonic() - blow.moment:.1f} s"
     gang.kill()
