@@ -235,7 +235,7 @@ class PlacementConfig(Section):
         "auto",
         description="colocated: all peers on every rank; spread: one peer a rank; hybrid: peers_per_rank on each; "
         "balanced: ranks for each peer in proportion to what it costs; "
-        "auto: as few a rank as the number of ranks allows; "
+        "auto: as few a rank as the number of ranks allows, or for unequal peers what would be clearly faster; "
         "jobs: one peer in each of K jobs, which meet in a folder",
     )
     peers_per_rank: int | None = Field(None, ge=1, description="hybrid: peers on each rank, a divisor of their number")

@@ -26,7 +26,8 @@ def plan(config: RunConfig, world: int, rank: int, per_node: int | None = None) 
         ConfigError: where peers cannot be dealt to the ranks, or the global batch has too few rows for them, or a job
             of one peer has not been told which.
     """
-    placement = _dealt(config, world, rank, per_node)
+    chosen = automatic(config, world) if config.placement.kind == "auto" else None
+    placement = chosen[0].of(rank) if chosen else _dealt(config, world, rank, per_node)
     batch, parts, unit = config.data.global_batch, config.train.accumulation, config.data.tuple_size
     if not placement.least_rows(batch, parts, unit):
         most = max(len(group.ranks) for group in placement.groups)

@@ -19,6 +19,7 @@ from engine.config import RunConfig
 from engine.config.identity import changes
 from engine.config.loading import dump_anywhere
 from engine.files import opener, read_bytes, read_text, write_json, write_text
+from engine.ranks.choosing import automatic
 from engine.ranks.placement import Placement
 from engine.reporting.aside import Aside
 from engine.reporting.bar import Bar, clock
@@ -78,6 +79,9 @@ def follow(
     for message in said:
         tracker.say(message)
     tracker.say(f"{config.title}: {config.method.name}, {placement}; {config.folder}")
+    found = automatic(config, placement.world) if config.placement.kind == "auto" else None
+    if found is not None:
+        tracker.say(f"placement.kind = auto: {found[1]}")
     if before and before[0] != placement.world:
         tracker.say(f"{before[0]} ranks at the start before, {placement.world} now: peers live as {placement}")
     if step:

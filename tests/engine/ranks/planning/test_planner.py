@@ -159,11 +159,14 @@ def test_auto_is_a_function_of_config_and_world() -> None:
     """Alike peers get fewest a rank, unequal ones what is clearly faster; and the same for each rank that asks."""
     alike = config_of({"name": "dml"}, 2)
     assert automatic(alike, 4) is None
+    assert plan(alike, 4, 3).kind == "spread"
     batch = {"data": {"global_batch": 1024}, "precision": {"amp": "bf16"}}
     unequal = config_of({"name": "dml"}, [SMALL, {**WIDE, "network": "cifar_wrn_28_10"}], **batch)
+    found = [plan(unequal, 8, rank) for rank in range(8)]
+    assert {each.groups for each in found} == {found[0].groups}
+    assert found[0].kind != "spread"
     chosen = automatic(unequal, 8)
     assert chosen is not None
-    assert chosen[0].kind != "spread"
     load = load_of(unequal, AUTO.gpu)
     assert predict(chosen[0], load, AUTO).step < 0.95 * predict(Placement.even(2, 1, 8, 0), load, AUTO).step
 
