@@ -10,6 +10,7 @@ from data_pipelines import Sizes
 from data_pipelines.decoding.choice import choose
 from engine.config import ConfigError, RunConfig
 from engine.preflight import check_data
+from engine.ranks.choosing import automatic
 from engine.ranks.placement import Placement
 from engine.rehearsal import Images, RehearsalError, readable, rehearse
 from engine.training.remarks import remarks
@@ -49,6 +50,8 @@ def forecast(config: RunConfig, placement: Placement, *, cuda: bool = False) -> 
         yield f"left out   {left:,} images of an epoch, each time others: they fill no batch"
     for note in remarks(config, steps, trained_on):
         yield f"note       {note}"
+    if config.placement.kind == "auto" and (chosen := automatic(config, placement.world)):
+        yield f"placement  {chosen[1]}"
     yield f"peers here {', '.join(_peers(config, placement, sizes))}"
     yield from _rehearsed(config, placement, sizes)
 
