@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.reporting.report.classes import confusions, per_class
 from engine.reporting.report.comparing import Group, Row
 from engine.reporting.report.runs import When
 from engine.reporting.report.statistics import Gain, Spread
@@ -34,6 +35,12 @@ def tables_of(group: Group) -> Iterator[Table]:
         yield _peers(group)
     if any("val/ensemble/ece" in run.scores[-1] for row in group.rows for run in row.runs):
         yield _calibration(group)
+    methods = [row.method for row in group.rows]
+    if classes := list(per_class(group)):
+        yield Table("Each class", "Top-1 in percent, the mean of peers and runs.", ("class", *methods), classes)
+    if pairs := list(confusions(group)):
+        note = "Validation images of a class that a peer takes for another one, the mean of peers and runs."
+        yield Table("Confusions", note, ("class", "taken for", *methods), pairs)
     yield _cost(group)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from engine.config import ConfigError
 from engine.config.loading import dump_anywhere, load
+from engine.reporting.report.classes import confusions, per_class
 from engine.reporting.report.comparing import compare
 from engine.reporting.report.page import as_html, as_text, in_words
 from engine.reporting.report.published import published
@@ -138,6 +139,26 @@ def test_rows_of_one_method_are_told_apart(tmp_path: Path) -> None:
     (row,) = group.rows
     # A seed that was run several times counts once.
     assert row.by_seed("mean", "last") == {0: pytest.approx(242 / 3)}
+
+
+def test_classes_of_runs_that_have_left_tables_of_them(tmp_path: Path) -> None:
+    run = made_up(tmp_path, "independent", 0, [70.0, 80.0])
+    a, b = (f"val/cifar_resnet8_b-{k}" for k in range(2))
+    (run.folder / "per_class.csv").write_text(f"class,images,{a}/top1,{b}/top1\nShirt,10,50.0,60.0\nBag,10,90.0,\n")
+    lines = [
+        f"{a},Shirt,Shirt,5",
+        f"{a},Shirt,Bag,4",
+        f"{b},Shirt,Bag,3",
+        f"{b},Bag,Shirt,2",
+        "val/ensemble,Bag,Shirt,9",
+    ]
+    (run.folder / "confusion.csv").write_text("network,class,predicted,images\n" + "\n".join(lines) + "\n")
+    (group,) = compare([run])
+    assert list(per_class(group)) == [("Shirt", "55.0"), ("Bag", "90.0")]
+    assert list(confusions(group)) == [("Shirt", "Bag", "3.5"), ("Bag", "Shirt", "1.0")]
+    text = as_text("", "", [group])
+    assert "| Shirt | 55.0 |" in text
+    assert "| Shirt | Bag | 3.5 |" in text
 
 
 def test_published_figures_are_of_method_networks_and_numbers_of_peers() -> None:
