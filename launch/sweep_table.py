@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.config.grid import Cell
+from engine.reporting.bar import clock
 from launch import cells as on_disk
 from launch.cells import Standing, State
 
@@ -117,12 +118,6 @@ def as_text(rows: Sequence[tuple[str, Standing]]) -> str:
         text = f"{name.ljust(width)}  {found.state:<11}  {found.epoch:>5.4g}  {top1:>7}  {found.said}"
         lines.append(text.rstrip())
     return "\n".join(lines)
-
-
-def clock(seconds: float) -> str:
-    """As 1:02:03."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _short(found: Standing) -> str:
