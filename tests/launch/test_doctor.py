@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from engine.config.loading import load
+from launch.examining.rates import Rates, limits
 from tests.data_pipelines.files import write_photos
 from tests.data_pipelines.test_bad_files import _half, _undecodable
 from tests.launch.command import run_command
 
+ROOT = Path(__file__).parents[2]
 CONFIG = """\
 name: looked-at
 device: cpu
@@ -23,13 +26,13 @@ def test_every_file_is_looked_at(tmp_path: Path) -> None:
     root, config = tmp_path / "photos", tmp_path / "run.yaml"
     write_photos(root)
     config.write_text(CONFIG.format(root=root))
-    _, out, _ = run_command("doctor", str(config), "--threads", "2")
+    _, out, _ = run_command("doctor", str(config), "--files", "--threads", "2")
     assert out == "42 files, 0 that cannot be read: 0 of train, 0 of val\n"
 
     _half(root / "train/n001/02.JPEG")
     _undecodable(root / "val/n000/00.JPEG")
     (root / "val/n002/01.JPEG").write_bytes(b"")
-    code, out, _ = run_command("doctor", str(config), "--json", str(tmp_path / "found.json"), check=False)
+    code, out, _ = run_command("doctor", str(config), "--files", "--json", str(tmp_path / "found.json"), check=False)
     assert code == 1
     assert out.endswith("42 files, 3 that cannot be read: 1 of train, 2 of val\n")
     assert f"{root}/val/n002/01.JPEG: expected an image, found an empty file\n" in out
@@ -41,6 +44,27 @@ def test_every_file_is_looked_at(tmp_path: Path) -> None:
 def test_what_has_no_files_of_its_own(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(CONFIG.format(root=tmp_path).replace(f"image_folder, root: {tmp_path}", "fashion_mnist_subset"))
-    code, _, err = run_command("doctor", str(config), check=False)
+    code, _, err = run_command("doctor", str(config), "--files", check=False)
     assert code == 2
     assert "data.dataset = fashion_mnist_subset: is read and checked as a whole at each start" in err
+
+
+def test_what_a_run_would_wait_for(tmp_path: Path) -> None:
+    root, config = tmp_path / "photos", tmp_path / "run.yaml"
+    write_photos(root)
+    config.write_text(CONFIG.format(root=root))
+    _, out, _ = run_command("doctor", str(config), "data.image.size=32", f"dir={tmp_path}")
+    for line in ("cores: ", "memory: ", "torch ", "decoder: ", "storage: ", "decoding alone: ", "training: "):
+        assert f"\n{line}" in f"\n{out}", line
+    assert "decoding keeps up: " in out or "decoding limits this run: " in out
+
+
+def test_advice_follows_from_rates() -> None:
+    config = load(ROOT / "configs/imagenet/dml_resnet50.yaml", ["data.root=/nowhere"])
+    # Two ranks want 200 images/s; decoding 50 of them leaves three quarters of the time.
+    slow = "\n".join(limits(Rates(read=150, decoded=50, trained=100), config, 2))
+    assert "it would wait 75 % of the time" in slow
+    assert "the storage limits this run: 150 photos/s, where 200 are wanted" in slow
+    fast = "\n".join(limits(Rates(read=300, decoded=500, trained=100), config, 2))
+    assert "decoding keeps up: 2.5 times what 2 ranks" in fast
+    assert "the storage keeps up: 1.5 times" in fast
