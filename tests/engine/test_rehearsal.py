@@ -112,6 +112,20 @@ def test_a_step_mixes_no_devices_and_the_host_never_waits(case: str, place: str)
     assert found.memory.total > 0
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in EVERYWHERE else pytest.mark.slow) for case in CASES]
+)
+def test_a_step_where_ranks_are_uneven_is_like_any_other(case: str, rank: int) -> None:
+    config = config_of(CASES[case], "balanced")
+    names = [name for name, _ in config.cohort]
+    ranks = {name: 2 if name == names[-1] else 1 for name in names}
+    given = config.placement.model_copy(update={"ranks": ranks})
+    found = rehearsed(config.model_copy(update={"placement": given}), len(names) + 1, rank, steps=(0,))
+    assert found.waits == ()
+    assert found.memory.total > 0
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_outer_step_waits_for_nothing_but_sharded_banks(world: int, sharded: bool) -> None:
