@@ -3,6 +3,7 @@
     python launch/bench step                     the engine's step against a bare loop in plain PyTorch
     torchrun --nproc-per-node=2 launch/bench exchange    spread peers against the same peers uncoupled
     torchrun --nproc-per-node=2 launch/bench decode --folder DIR    photos decoded once for all peers, against by each
+    torchrun --nproc-per-node=4 launch/bench placement   ranks in proportion to what peers cost, against as many each
     python launch/bench checkpoint               saving beside training, against waiting for the disk
     python launch/bench bytes                    not timed: what each method sends, from its signals' shapes
     python launch/bench operations               not timed: operations that a step of each method dispatches
@@ -40,12 +41,13 @@ from launch.bench.loading.photos import photos
 from launch.bench.loading.shared import decode
 from launch.bench.loading.small import small
 from launch.bench.peers import Workload, bare_step, bench_cohort, engine_step
+from launch.bench.placing import placing
 from launch.bench.saving import saving
 from launch.bench.turns import headline, in_turn, print_comparison
 from launch.entry import parser, user_errors
 from losses import METHODS
 
-WHAT = ("step", "exchange", "checkpoint", "bytes", "operations", "lmcl", "lmcl-step", "gpu")
+WHAT = ("step", "exchange", "placement", "checkpoint", "bytes", "operations", "lmcl", "lmcl-step", "gpu")
 LOADING = ("data", "resident", "decode")
 
 
@@ -64,7 +66,7 @@ def main() -> None:
     arguments.add_argument("--also", nargs="+", default=[], metavar="FORM=DIR", help="data: it as webdataset, hub")
     arguments.add_argument("--threads", type=int, help="CPU threads; torch's choice if absent")
     arguments.add_argument("--out", type=Path, metavar="DIR", help="gpu: where rows.jsonl and gpu.md are written")
-    arguments.add_argument("--quick", action="store_true", help="gpu, resident: toy sizes, to try the command")
+    arguments.add_argument("--quick", action="store_true", help="gpu, resident, placement: only to try the command")
     arguments.add_argument("--minutes", type=float, default=8.0, help="gpu: limit of all parts (default: 8)")
     arguments.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"gpu: of {', '.join(PARTS)}")
     options = arguments.parse_args()
@@ -97,6 +99,8 @@ def _measure(options: argparse.Namespace, device: torch.device, launch: Launch) 
         print(headline("operations", work, device, launch))
         for name, found, alone in operations_of_methods(work, device, launch):
             print(f"  {name:28} {found:8,} {found / alone:8.2f} times independent peers")
+    elif options.what == "placement":
+        placing(options.batch, 3 if options.quick else options.rounds, options.steps, launch, device)
     elif options.what == "checkpoint":
         saving(work, options.rounds, options.steps, options.folder, device, launch)
     elif options.what == "step":
