@@ -88,19 +88,20 @@ def test_a_bank_in_shards_is_read_in_three_all_to_alls() -> None:
 
 
 GATHER, SCATTER = "allgather_base", "reduce_scatter_base"
-INNER, REPLAY = [GATHER, SCATTER], [GATHER, SCATTER, GATHER, SCATTER]
-"""Of a look-ahead step on the contrastive losses: there and back; and back along it with a second derivative."""
+THERE, AGAIN = [GATHER, SCATTER], [GATHER, SCATTER]
+"""Of a look-ahead step on the contrastive losses: there and back; and back along it for the second derivative, which
+differentiates the way back and then the way there."""
 
 
 @pytest.mark.parametrize("form", ["lmcl_batch", "lmcl_global", "lmcl_memory"])
 def test_what_an_outer_step_adds_spread(form: str) -> None:
-    """Seven forward passes, T_in = 2: 2 + 1 look-ahead steps, the end, and back. f_out carries no gradient across."""
+    """Four forward passes, T_in = 2: 2 + 1 look-ahead steps and the end, and back. f_out carries no gradient across."""
     numbers = EMBEDDINGS["lmcl"] + (0 if form == "lmcl_batch" else NUMBERED)
     size = FLOAT * ROWS * numbers
     back = 0 if form == "lmcl_memory" else 1
     for calls, _ in run_world(2, calls_of, a_config(form, 2, SPREAD), 2):
         added = calls[2 + back :]
-        assert [call.collective for call in added[:-1]] == 2 * INNER + 3 * [GATHER] + 2 * REPLAY
+        assert [call.collective for call in added[:-1]] == 2 * THERE + 2 * [GATHER] + 2 * AGAIN
         assert {call.size for call in added[:-1]} == {size, 2 * size}
         assert added[-1] == agreement(2)
 
