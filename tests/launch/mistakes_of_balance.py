@@ -17,7 +17,7 @@ BALANCED = {
     ),
     "no_ranks_for_a_peer": (
         "placement={kind: balanced, ranks: {cifar_resnet8_b-0: 1, cifar_resnet8_b-1: 0}}",
-        "placement.ranks.cifar_resnet8_b-1 = 0: expected at least 1",
+        "placement.ranks.cifar_resnet8_b-1 = 0: expected a value greater than or equal to 1",
     ),
     "other_ranks_than_there_are": (
         "placement={kind: balanced, ranks: {cifar_resnet8_b-0: 1, cifar_resnet8_b-1: 2}}",
