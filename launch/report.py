@@ -23,8 +23,8 @@ from engine.reporting.report.page import as_html, as_text
 from engine.reporting.report.runs import Labels, Run, read_run
 from engine.reporting.report.table import table
 from engine.reporting.report.tables import as_csv
-from launch.cells import read_sweep
 from launch.entry import parser, user_errors
+from launch.sweeping.cells import read_sweep
 
 FEW = 4
 """Runs whose curves are told apart peer by peer in one picture, where no seeds are compared."""

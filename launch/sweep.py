@@ -27,10 +27,10 @@ from engine.config import ConfigError
 from engine.config.grid import Cell, Grid, cells_of, read_grid, said_of
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch
-from launch import cells as on_disk
 from launch.entry import parser, user_errors
-from launch.processes import Pool
-from launch.sweep_table import Table, as_text
+from launch.sweeping import cells as on_disk
+from launch.sweeping.processes import Pool
+from launch.sweeping.table import Table, as_text
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,8 +14,8 @@ import yaml
 from engine.config import ConfigError
 from engine.config.grid import Grid, cells_of, read_grid
 from engine.reporting.tracking import read_metrics
-from launch import cells as on_disk
-from launch.processes import share
+from launch.sweeping import cells as on_disk
+from launch.sweeping.processes import share
 from tests.launch.command import run_command
 from tests.runs import train_here
 from tests.worlds import run_ranks

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from engine.config.grid import Cell, Grid
-from launch import cells as on_disk
+from launch.sweeping import cells as on_disk
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from engine.config.grid import Cell
 from engine.reporting.bar import clock
-from launch import cells as on_disk
-from launch.cells import Standing, State
+from launch.sweeping import cells as on_disk
+from launch.sweeping.cells import Standing, State
 
 EVERY_TERMINAL, EVERY_LOG = 2.0, 60.0
 """Seconds between two looks at all runs."""
