@@ -55,7 +55,7 @@ def _say(launch: Launch, message: str) -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
         return
     # torchrun ends the others as soon as one rank has ended: rank 0 shall have spoken by then.
-    time.sleep(10)
+    time.sleep(20)
     print(f"error: rank {launch.rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
 
 

@@ -88,7 +88,7 @@ def test_an_epoch_shows_each_sample_once_up_to_the_remainder(case: dict[str, Any
     sampling = _sampling(case)
     if sampling is None:
         return
-    drawn, labels = sampling.epoch(case["epoch"]), case["labels"]
+    drawn, labels = sampling.epoch(case["epoch"], sampling.steps), case["labels"]
     assert drawn.shape == (sampling.steps, case["batch"])
     trained_on = set(sampling.trained_on.tolist())
     assert set(drawn.ravel().tolist()) <= trained_on
@@ -112,7 +112,7 @@ def test_ranks_and_places_to_go_on_from_show_the_same_with_bad_samples_among_the
     if sampling is None:
         return
     labels, among = case["labels"], sampling.trained_on
-    drawn, first = sampling.epoch(case["epoch"]), int(case["resume"] * sampling.steps)
+    drawn, first = sampling.epoch(case["epoch"], sampling.steps), int(case["resume"] * sampling.steps)
     good = {label: [i for i in among.tolist() if labels[i] == label and i not in case["bad"]] for label in set(labels)}
     if not all(good.values()):
         return

@@ -253,7 +253,8 @@ def twins(case: Case, device: str) -> dict[str, float]:
         cohort = a_cohort(config, where)
         [batch], progress = on_the_device(cohort, 0), Progress(1, STEPS_PER_EPOCH, 8)
         own = dict(cohort.forward(batch, progress, 0, range(2)))
-        terms = cohort.objective([0, 1], cohort.share(dict.fromkeys(own, own[0]), batch), batch.targets, progress, 0)
+        signals = cohort.share(dict.fromkeys(own, own[0]), batch, cohort.shares[0])
+        terms = cohort.objective([0, 1], signals, batch.targets, progress, 0)
         return {f"{k}/{name}": x.item() for (k, name), x in terms.items()}
 
 

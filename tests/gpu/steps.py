@@ -82,9 +82,8 @@ def on_the_device(cohort: Cohort, step: int) -> list[Batch]:
     rows = cohort.placement.rows(cohort.config.data.global_batch)
     images = whole.images[rows].to(device)
     views = tuple((images + 0.1 * v).contiguous(memory_format=torch.channels_last) for v in cohort.views)
-    return Batch(views, whole.targets[rows].to(device), whole.ids[rows].to(device)).split(
-        cohort.config.train.accumulation
-    )
+    mine = Batch(views, whole.targets[rows].to(device), whole.ids[rows].to(device))
+    return mine.split([len(share.rows) for share in cohort.shares])
 
 
 def train(cohort: Cohort, steps: int, watch_from: int | None = None) -> list[dict[str, float]]:

@@ -113,7 +113,9 @@ def test_a_look_that_was_stopped_goes_on(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cut short or damaged"):
         _open(tmp_path)
     parts = sorted(path.name for path in (tmp_path / ".cohort/tar-train.parts").iterdir())
-    assert parts == [f"{path.name}.npz" for path in shards if path != shards[3]]
+    # How far the others were when one failed is a matter of threads; what was done is kept.
+    assert parts
+    assert set(parts) <= {f"{path.name}.npz" for path in shards if path != shards[3]}
     shards[3].write_bytes(whole)
     assert len(_open(tmp_path)[0]) == 27
     assert not (tmp_path / ".cohort/tar-train.parts").exists()
