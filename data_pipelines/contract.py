@@ -50,6 +50,8 @@ class Sharing(Protocol):
 
     rows: NDArray[np.int64]
     """Of each global batch, ascending: those that are decoded here."""
+    of_first: bool
+    """Whether a rank of the first group of peers is among those that share: what they meet is counted once then."""
 
     def swap(self, pixels: torch.Tensor, ids: NDArray[np.int64]) -> tuple[torch.Tensor, NDArray[np.int64]]:
         """All ranks that share call this for the same steps in the same order, each in one thread.

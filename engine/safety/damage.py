@@ -31,12 +31,16 @@ def tell_damage(pipeline: Pipeline, placement: Placement, folder: Path, say: Cal
     """
     if pipeline.damage is None:
         return
-    # All groups of peers read the same rows.
-    gathered = _gathered((placement.group, pipeline.damage.take()))
+    # All groups of peers read the same rows; where ranks of a node decode for each other, each reads a share.
+    first = placement.group == 0
+    gathered = _gathered(
+        (first, first if pipeline.sharing is None else pipeline.sharing.of_first, pipeline.damage.take())
+    )
     met: dict[Damaged, int] = {}
-    for group, found in gathered:
+    for first, of_first, found in gathered:
         for damaged, times in found.items():
-            met[damaged] = met.get(damaged, 0) + (times if group == 0 else 0)
+            counts = of_first if damaged.split == "train" else first
+            met[damaged] = met.get(damaged, 0) + times * counts
     if met and placement.rank == 0:
         say(_written(folder / NAME, met))
     pipeline.damage.check(met)

@@ -40,7 +40,8 @@ def share_decoding(config: RunConfig, placement: Placement, pipeline: Pipeline) 
     if len(ranks) == 1 or not all(len(rows) for rows in decoded.values()):
         return
     group: Any = dist.new_group(ranks, FIRST_STEP_TIMEOUT, backend="gloo", use_local_synchronization=True)
-    pipeline.sharing = Sharing(placement.rank, wanted, decoded, group)
+    of_first = any(placement.of(rank).group == 0 for rank in ranks)
+    pipeline.sharing = Sharing(placement.rank, wanted, decoded, group, of_first=of_first)
 
 
 def related(wanted: Mapping[int, Rows]) -> dict[int, list[int]]:
@@ -100,12 +101,19 @@ class Sharing:
         wanted: rows of a batch that each rank of the group needs, ascending.
         decoded: those that each decodes, ascending.
         group: of these ranks, on gloo.
+        of_first: whether a rank of the first group of peers is one of them.
     """
 
     def __init__(
-        self, rank: int, wanted: Mapping[int, Rows], decoded: Mapping[int, Rows], group: dist.ProcessGroup | None
+        self,
+        rank: int,
+        wanted: Mapping[int, Rows],
+        decoded: Mapping[int, Rows],
+        group: dist.ProcessGroup | None,
+        *,
+        of_first: bool,
     ) -> None:
-        self._group = group
+        self._group, self.of_first = group, of_first
         others = sorted(decoded)
         self.rows = decoded[rank]
         own = np.intersect1d(wanted[rank], self.rows)
