@@ -18,7 +18,7 @@ import torch
 from engine.config.grid import Cell, Grid
 from launch.sweeping import cells as on_disk
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 _PR_SET_PDEATHSIG = 1
 
