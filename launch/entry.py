@@ -22,6 +22,7 @@ from engine.ranks.collectives import Launch
 from engine.safety.answers import TrainingDivergedError
 from engine.safety.checkpoint import CheckpointError
 from engine.safety.saving import NotSavedError
+from launch.with_parent import obey_signals
 from models import WeightsError
 
 
@@ -54,8 +55,10 @@ def _say(launch: Launch, message: str) -> None:
     if launch.rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
         return
-    # torchrun ends the others as soon as one rank has ended: rank 0 shall have spoken by then.
-    time.sleep(20)
+    # torchrun ends the others as soon as one rank has ended: rank 0 shall have spoken by then, and there is no run that
+    # its signal should wait for.
+    obey_signals()
+    time.sleep(10)
     print(f"error: rank {launch.rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
 
 
