@@ -32,10 +32,9 @@ def tell_damage(pipeline: Pipeline, placement: Placement, folder: Path, say: Cal
     if pipeline.damage is None:
         return
     # All groups of peers read the same rows; where ranks of a node decode for each other, each reads a share.
-    first = placement.group == 0
-    gathered = _gathered(
-        (first, first if pipeline.sharing is None else pipeline.sharing.of_first, pipeline.damage.take())
-    )
+    own = placement.group == 0
+    shared = own if pipeline.sharing is None else pipeline.sharing.of_first
+    gathered = _gathered((own, shared, pipeline.damage.take()))
     met: dict[Damaged, int] = {}
     for first, of_first, found in gathered:
         for damaged, times in found.items():
