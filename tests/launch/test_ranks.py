@@ -127,15 +127,36 @@ def catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
+STOPS_BEFORE_TORCH = """
+import os, signal, sys
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+sys.meta_path.insert(0, Stop())
+"""
+
+
+def is_stopped(pid: int) -> bool:
+    return "\nState:\tT" in Path(f"/proc/{pid}/status").read_text()
+
+
 def test_a_signal_to_a_program_that_is_starting_saves_the_first_step(tiny: Path, tmp_path: Path) -> None:
-    """Before torch is imported."""
+    """Before torch is imported: there the program stops itself, so that the signal is not late on any machine."""
     config, preempted = small_run(tiny, tmp_path / "run"), tmp_path / "preempted"
     (tmp_path / "run.yaml").write_text(dump(config))
+    (tmp_path / "sitecustomize.py").write_text(STOPS_BEFORE_TORCH)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "launch/train.py", str(tmp_path / "run.yaml"), "--preempted", str(preempted)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: catches(process.pid, signal.SIGTERM))
-        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+    environment = {**os.environ, "PYTHONPATH": paths}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: is_stopped(process.pid))
+        assert catches(process.pid, signal.SIGTERM)
         process.terminate()
+        process.send_signal(signal.SIGCONT)
         _, said = process.communicate(timeout=100)
     assert process.returncode == 0, said
     assert preempted.read_text() == "SIGTERM\n"
