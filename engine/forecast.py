@@ -10,8 +10,8 @@ from data_pipelines import Sizes
 from data_pipelines.decoding.choice import choose
 from engine.config import ConfigError, RunConfig
 from engine.preflight import check_data
-from engine.ranks.choosing import automatic
 from engine.ranks.placement import Placement
+from engine.ranks.planning.choosing import automatic
 from engine.rehearsal import Images, RehearsalError, readable, rehearse
 from engine.training.remarks import remarks
 from models.weightless import weightless

@@ -21,10 +21,10 @@ from engine.cohort.parameter_groups import check_grouping
 from engine.config import ConfigError, PeerConfig, RunConfig
 from engine.config.identity import completed, differences, identity, is_doubtful
 from engine.config.loading import load_run
-from engine.ranks.choosing import plan
 from engine.ranks.collectives import Launch, choose_device
 from engine.ranks.meeting import foreign, path_of
 from engine.ranks.placement import Placement
+from engine.ranks.planning.choosing import plan
 from engine.safety import checkpoint, rollback
 from losses import METHODS, PeerInfo
 from losses.capabilities import OuterProblem

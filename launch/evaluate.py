@@ -28,9 +28,9 @@ from data_pipelines.order import part
 from engine.cohort.precision import set_precision
 from engine.config import ConfigError
 from engine.files import read_text, write_json
-from engine.ranks.choosing import plan_scoring
 from engine.ranks.collectives import Launch, choose_device, group_of, start
 from engine.ranks.exchange import Exchange
+from engine.ranks.planning.choosing import plan_scoring
 from engine.reporting.predictions import write_classes, write_confusion, write_images
 from engine.safety import loading
 from engine.safety.checkpoint import Manifest

@@ -24,9 +24,9 @@ from data_pipelines import DataError, check_files
 from engine.config import ConfigError, RunConfig
 from engine.config import loading as configuration
 from engine.outlook import USABLE, Held, largest_batch, largest_share, memory_of, with_signals
-from engine.ranks.choosing import candidates, plan
 from engine.ranks.collectives import Launch
 from engine.ranks.placement import Placement
+from engine.ranks.planning.choosing import candidates, plan
 from engine.ranks.planning.hardware import GPUS, gpu_of
 from engine.ranks.planning.planner import Cluster, Load, Prediction, choose, load_of, predict, short
 from engine.rehearsal import Images, readable

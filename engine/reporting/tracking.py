@@ -19,8 +19,8 @@ from engine.config import RunConfig
 from engine.config.identity import changes
 from engine.config.loading import dump_anywhere
 from engine.files import opener, read_bytes, read_text, write_json, write_text
-from engine.ranks.choosing import automatic
 from engine.ranks.placement import Placement
+from engine.ranks.planning.choosing import automatic
 from engine.reporting.aside import Aside
 from engine.reporting.bar import Bar, clock
 from engine.reporting.console import Stderr

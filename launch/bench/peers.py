@@ -15,8 +15,8 @@ from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.cohort.precision import set_precision
 from engine.config.loading import validate
-from engine.ranks.choosing import plan
 from engine.ranks.collectives import Launch
+from engine.ranks.planning.choosing import plan
 from engine.training.meter import Meter
 from engine.training.step import train_step
 from engine.training.timing import Clock

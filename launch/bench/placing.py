@@ -14,10 +14,10 @@ from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.config import ConfigError
 from engine.config.loading import validate
-from engine.ranks.choosing import plan
 from engine.ranks.collectives import Launch
-from engine.ranks.costs import costs_of
 from engine.ranks.placement import interval
+from engine.ranks.planning.choosing import plan
+from engine.ranks.planning.costs import costs_of
 from engine.training.step import train_step
 from engine.training.timing import Clock
 from launch.bench.turns import in_turn, print_comparison

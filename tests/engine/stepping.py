@@ -14,7 +14,7 @@ from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
 from engine.config.loading import validate
-from engine.ranks.choosing import plan
+from engine.ranks.planning.choosing import plan
 from engine.ranks.tables import ShardedTable, WholeTable
 from engine.training.step import Outcome, train_step
 from engine.training.timing import Clock

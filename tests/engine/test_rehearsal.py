@@ -12,7 +12,7 @@ from torch import nn
 import models
 from engine.config import RunConfig
 from engine.config.loading import validate
-from engine.ranks.choosing import plan
+from engine.ranks.planning.choosing import plan
 from engine.rehearsal import META, Images, Rehearsal, RehearsalError, rehearse
 from losses import METHODS, Method, MethodOptions
 

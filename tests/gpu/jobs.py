@@ -17,7 +17,7 @@ from data_pipelines import DataConfig, open_pipeline
 from engine.cohort.cohort import open_cohort
 from engine.cohort.precision import set_precision
 from engine.config import RunConfig
-from engine.ranks.choosing import plan
+from engine.ranks.planning.choosing import plan
 from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import Standing
 from engine.safety.saving import Saver

@@ -15,8 +15,8 @@ from torch import Tensor
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
-from engine.ranks.choosing import plan
 from engine.ranks.collectives import Launch, choose_device, start
+from engine.ranks.planning.choosing import plan
 from engine.training.meter import Meter
 from engine.training.step import train_step
 from engine.training.timing import Clock

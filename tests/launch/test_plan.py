@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from engine.config.loading import load
-from engine.ranks.choosing import plan
+from engine.ranks.planning.choosing import plan
 from tests.launch.command import run_command
 
 CONFIG = """\

@@ -14,7 +14,7 @@ from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.config import ConfigError, RunConfig
 from engine.config.loading import validate
-from engine.ranks.choosing import plan
+from engine.ranks.planning.choosing import plan
 from losses import Progress
 from models.stages import plain_state
 from tests.engine.ranks.test_exchange import FLOAT, ROWS, Call, agreement, calls_of_a_step

@@ -16,8 +16,8 @@ import models
 from engine.config import ConfigError
 from engine.config.loading import validate
 from engine.preflight import check_run
-from engine.ranks.choosing import plan
 from engine.ranks.collectives import Launch
+from engine.ranks.planning.choosing import plan
 from engine.rehearsal import Images, rehearse
 from losses import METHODS, PeerInfo, Progress
 from tests.engine.stepping import cohort_of, config_of, do_steps, global_batch, state

@@ -10,7 +10,7 @@ import pytest
 
 from engine.config import ConfigError, RunConfig
 from engine.config.loading import describe, dump, load, validate
-from engine.ranks.choosing import plan
+from engine.ranks.planning.choosing import plan
 from losses import METHODS
 
 BASE: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 
 from engine.cohort.optim import check_optimizer
 from engine.config.loading import load
-from engine.ranks.choosing import plan
+from engine.ranks.planning.choosing import plan
 from engine.rehearsal import Images, rehearse
 
 _FOLDER = Path(__file__).parents[3] / "configs/imagenet"

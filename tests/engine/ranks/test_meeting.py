@@ -22,9 +22,9 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.config.loading import dump
-from engine.ranks.choosing import plan
 from engine.ranks.collectives import Launch
 from engine.ranks.meeting import LATE, Meeting
+from engine.ranks.planning.choosing import plan
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint, loading
 from engine.trainer import train

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.ranks.choosing import plan
 from engine.ranks.meeting import Meeting
+from engine.ranks.planning.choosing import plan
 from models import create
 from tests.engine.cohort.test_parameters import is_parameter
 from tests.engine.ranks.test_meeting import (

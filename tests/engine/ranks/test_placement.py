@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from engine.ranks.choosing import balanced, peers_of_ranks, ranks_of_peers
 from engine.ranks.placement import Placement, arranged, interval
+from engine.ranks.planning.choosing import balanced, peers_of_ranks, ranks_of_peers
 
 
 def _places(placement: Placement) -> list[Placement]:

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.ranks.choosing import balanced
 from engine.ranks.collectives import all_to_all_with_gradient, group_of
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
+from engine.ranks.planning.choosing import balanced
 from engine.ranks.routes import NUMBERS_OF_A_ROW, route, traffic
 from tests.engine.ranks.test_exchange import (
     BF16,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
-from engine.ranks.choosing import plan
+from engine.ranks.planning.choosing import plan
 
 
 def a_cohort(config: RunConfig) -> Cohort:

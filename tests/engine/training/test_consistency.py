@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
-from engine.ranks.choosing import plan
+from engine.ranks.planning.choosing import plan
 from engine.training.consistency import RanksDisagreeError, check_same_rows, check_same_weights
 from tests.runs import small_run
 from tests.worlds import run_world

@@ -10,8 +10,8 @@ import pytest
 from engine.config import ConfigError
 from engine.config.loading import dump, load, validate
 from engine.preflight import check_run
-from engine.ranks.choosing import plan
 from engine.ranks.collectives import Launch
+from engine.ranks.planning.choosing import plan
 from engine.rehearsal import Images, rehearse
 from tests.data_pipelines.augmentation.recipe import RECIPE
 from tests.runs import assert_same_weights, small_run, train_here, weights

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.config import ConfigError, RunConfig
-from engine.ranks.choosing import plan
+from engine.ranks.planning.choosing import plan
 from engine.safety import checkpoint, loading
 from tests.kills import assert_same_state, final_state, kill_run, numbers
 from tests.runs import assert_same_weights, small_run, train_here, weights

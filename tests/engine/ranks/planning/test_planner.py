@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.ranks.choosing import AUTO, automatic, balanced, candidates, plan
-from engine.ranks.costs import costs_of
 from engine.ranks.placement import Placement
+from engine.ranks.planning.choosing import AUTO, automatic, balanced, candidates, plan
+from engine.ranks.planning.costs import costs_of
 from engine.ranks.planning.footprint import footprint_of
 from engine.ranks.planning.hardware import GPUS
 from engine.ranks.planning.planner import (

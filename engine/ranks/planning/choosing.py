@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 
 from engine.config import ConfigError, RunConfig
-from engine.ranks.costs import costs_of
 from engine.ranks.placement import Group, Order, Placement, arranged
+from engine.ranks.planning.costs import costs_of
 from engine.ranks.planning.hardware import GPUS
 from engine.ranks.planning.planner import Cluster, Load, choose, load_of, predict
 
