@@ -14,8 +14,8 @@ from models.weightless import weightless
 
 
 def costs_of(config: RunConfig) -> list[float]:
-    """Floating-point operations of a pass forward of each of the K peers, for one image. The way back takes twice as
-    many again, of all peers alike.
+    """Floating-point operations of a step of each of the K peers, for one image: a pass forward, and a way back that
+    takes twice as many; of a frozen peer the pass forward alone.
 
     Raises:
         ConfigError: a network does not take the images.
@@ -25,7 +25,8 @@ def costs_of(config: RunConfig) -> list[float]:
     for name, peer in config.cohort:
         try:
             options = json.dumps(peer.options, sort_keys=True, default=str)
-            found.append(float(_forward(peer.network, options, data.channels, data.side)))
+            passes = 3 if peer.learns else 1
+            found.append(float(passes * _forward(peer.network, options, data.channels, data.side)))
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,9 +151,20 @@ def test_operations_of_a_network_are_those_of_a_pass_forward() -> None:
     config = config_of({"name": "dml"}, [SMALL, WIDE])
     for cost, (_, peer) in zip(costs_of(config), config.cohort, strict=True):
         counted = footprint_of(config, peer, 10)
-        assert counted.flops[: counted.forward].sum() == cost
+        assert 3 * counted.flops[: counted.forward].sum() == cost
         # The way back takes twice that, but for the images, which need no gradient.
-        assert 1.8 * cost < counted.flops[counted.forward :].sum() < 2 * cost
+        assert 1.8 * cost / 3 < counted.flops[counted.forward :].sum() < 2 * cost / 3
+
+
+def test_a_frozen_peer_weighs_a_third(tmp_path: Path) -> None:
+    """It goes forward only, one pass of three: of 4 ranks it gets 1 beside a peer like it, which gets 3."""
+    frozen = {**SMALL, "frozen": True, "pretrained": str(tmp_path / "a.pt")}
+    config = config_of({"name": "dml"}, [frozen, {**SMALL, "name": "b"}], placement={"kind": "balanced"})
+    teacher, student = costs_of(config)
+    assert student == 3 * teacher
+    assert [len(group.ranks) for group in plan(config, 4, 0).groups] == [1, 3]
+    counted = [footprint_of(config, peer, 10) for _, peer in config.cohort]
+    assert counted[0].flops.sum() * 3 == pytest.approx(counted[1].flops.sum(), rel=0.1)
 
 
 def test_auto_is_a_function_of_config_and_world() -> None:
