@@ -135,8 +135,8 @@ class DecodingConfig(Section):
 
     decoder: Annotated[Literal["auto", "cpu", "mixed", "torchvision"], OF_PHOTOS] = Field(
         default="auto",
-        description="What decodes JPEGs: cpu and mixed (partly on the GPU) are DALI; auto is mixed on CUDA and cpu "
-        "elsewhere, and torchvision where DALI is not installed (photos).",
+        description="What decodes JPEGs: cpu and mixed (partly on the GPU) are DALI; auto is mixed on CUDA where "
+        "DALI is installed, and torchvision elsewhere (photos).",
     )
     threads: Annotated[int, OF_PHOTOS] = Field(default=4, ge=1, description="Decoding threads of a rank (photos).")
 

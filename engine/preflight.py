@@ -15,6 +15,7 @@ import data_pipelines
 import models
 from data_pipelines import DataConfig, Sizes
 from data_pipelines.decoding.choice import choose
+from engine.cohort.drop_path import drop_paths
 from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.cohort.parameter_groups import check_grouping
@@ -70,6 +71,7 @@ def check_run(
     _check_stages(config)
     _check_networks(config, placement)
     _check_sizes(config)
+    _check_drop_path(config)
     _check_folder("dir", config.folder, "the run's folder")
     if config.placement.meeting is not None:
         _check_folder("placement.meeting", config.placement.meeting.expanduser(), "the folder where peers meet")
@@ -188,6 +190,21 @@ def _check_sizes(config: RunConfig) -> None:
                         f"data.image.training_sizes: {peer.network} cannot be shown images of {size} pixels: {reason}; "
                         "expected sizes that it takes, or options that let it (dynamic_img_size of timm's transformers)"
                     ) from None
+
+
+def _check_drop_path(config: RunConfig) -> None:
+    """A schedule of what no network does would be one that nobody notices to be missing."""
+    for peer in config.peers if config.train.drop_path else ():
+        with weightless(peer.network):
+            if peer.learns and any(drop_paths(models.create(peer.network, 2, config.data.channels, **peer.options))):
+                break
+    else:
+        if config.train.drop_path:
+            raise ConfigError(
+                f"train.drop_path = {[list(pair) for pair in config.train.drop_path]}: no network that learns drops "
+                "paths; expected [], or a rate in the options of one (timm's drop_path_rate, torchvision's "
+                "stochastic_depth_prob)"
+            )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data_pipelines import Batch, Pipeline
 from engine.cohort.buffers import Remembered, average_statistics, statistics_stay
 from engine.cohort.building import Builder, turns
+from engine.cohort.drop_path import DropPathSchedule
 from engine.cohort.gradients import scale_gradient
 from engine.cohort.precision import AUTOCAST, autocast, exact_products
 from engine.cohort.randomness import Streams
@@ -74,7 +75,7 @@ class Cohort:
         self.residents = {k: builder.resident(k, outlines[k], self.method, self.trunk) for k in placement.residents}
         # Whose learning rate is that of this rank, and which keeps up the loss scale, where only frozen peers live.
         self.idle = None if any(r.optimizer for r in self.residents.values()) else builder.idle()
-        self._schedules = builder.schedules
+        self._schedules = [*builder.schedules, DropPathSchedule(config.train, self.residents, steps_per_epoch)]
         teachers = [r.ema for r in self.residents.values() if isinstance(r.ema, Teacher)]
         moving = [r.peer for r in self.residents.values() if r.optimizer is not None]
         self._remembered = Remembered([*moving, *teachers, self.shared])

@@ -7,7 +7,7 @@ import math
 import operator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from data_pipelines.keys import AnyPath
 from losses import METHODS, MethodOptions
@@ -180,6 +180,12 @@ class TrainConfig(Section):
         description="the decay before update t is at most 1 - (1 + t)^(-2/3), as in timm, so that initial weights "
         "are soon forgotten; false: the same from the start",
     )
+    drop_path: tuple[Annotated[tuple[int, float], Strict(False)], ...] = Field(
+        (),
+        strict=False,
+        description="[epoch, factor] pairs: what the networks' drop path rates are multiplied by from an epoch on, "
+        "counted from 0, such as [[0, 1.0], [50, 0.0]] for early stochastic depth (arXiv 2303.01500); []: nothing",
+    )
     sync_bn: bool = Field(False, description="BatchNorm statistics over the replica group instead of one rank's rows")
     loss: Literal["cross_entropy", "binary_cross_entropy"] = Field(
         "cross_entropy", description="how a peer's logits are held against the targets"
@@ -206,6 +212,12 @@ class TrainConfig(Section):
             raise ValueError("epochs: missing; expected a number of epochs, or of updates as max_steps")
         if self.clip_norm is not None and self.clip_factor is not None:
             raise ValueError(f"clip_factor = {self.clip_factor}: clip_norm = {self.clip_norm} clips too; expected one")
+        epochs = [epoch for epoch, _ in self.drop_path]
+        if epochs != sorted(set(epochs)) or any(epoch < 0 or not 0 <= factor <= 1 for epoch, factor in self.drop_path):
+            raise ValueError(
+                "drop_path: expected [epoch, factor] pairs, epochs ascending from 0 and factors from 0 to 1, "
+                f"found {[list(pair) for pair in self.drop_path]}"
+            )
         return self
 
     def steps(self, steps_per_epoch: int) -> int:
