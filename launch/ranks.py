@@ -6,6 +6,12 @@ On one machine nobody else can reach them: what the ranks meet in listens on the
 `torchrun --standalone` listens on all, and executes what is sent to it. SIGUSR1 to this process goes to the ranks,
 which save and end, where torchrun would die of it and take them along. With --rdzv-endpoint it is one of several
 machines, says that it waits while others are missing, and ends at once on SIGTERM or Ctrl-C until they have come.
+
+    --nproc-per-node=N     ranks of this machine, one a GPU
+    --max-restarts=N       how often all ranks are started again after one has failed (0)
+    --nnodes=N --rdzv-backend=c10d --rdzv-endpoint=FIRST_MACHINE:29500      the same on each of several machines
+
+All others: torchrun --help.
 """
 
 from __future__ import annotations
@@ -20,9 +26,6 @@ import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-import torch.distributed as dist
-from torch.distributed import run
 
 DEFAULTS = {
     # Seconds between the signal that ends a run and SIGKILL: more than an evaluation and writing a checkpoint take.
@@ -42,12 +45,18 @@ DELIVERY = 60.0
 def main() -> None:
     """The command."""
     options = sys.argv[1:]
+    if options[:1] in (["-h"], ["--help"]):
+        print(f"usage: {Path(sys.argv[0]).name} [OPTION...] SCRIPT [WORD...]\n\n{__doc__}", end="")
+        return
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGUSR1, _pass_on)
     # Until there are ranks torch looks at no signal; then it sets handlers of its own.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_tell_of_waiting, args=(options,), daemon=True).start()
+    # Not before: torch takes seconds to import.
+    from torch.distributed import run
+
     if any(option.startswith(("--rdzv", "--rdzv_", "--master", "--node", "--standalone")) for option in options):
         # Or ranks that are started a second time on several machines are given the addresses of those that died.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -62,6 +71,8 @@ def main() -> None:
 
 def _store() -> tuple[Any, int]:
     """What the ranks of this machine meet in, and its port."""
+    import torch.distributed as dist
+
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(1024)

@@ -17,25 +17,9 @@ import launch.with_parent as at_start  # isort: skip
 if __name__ == "__main__":
     at_start.note_signals()
 
-import contextlib
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from engine.config import loading as configuration
-from engine.files import write_text
-from engine.forecast import forecast
-from engine.preflight import check_run
-from engine.ranks.collectives import Launch, choose_device
-from engine.reporting.console import print_soon
-from engine.reporting.report.curves import curves
-from engine.reporting.report.table import table
-from engine.trainer import train
-from launch.entry import parser, require_torchrun, user_errors
+from launch.parsing import parser
 
 EPILOG = """\
 Every key, with what it means:  launch/train.py --keys
@@ -50,7 +34,6 @@ of all but 0, and ends with 1 as well if it got the signal itself.
 """
 
 
-@record
 def main() -> None:
     """The command."""
     arguments = parser(__doc__ or "", EPILOG)
@@ -72,69 +55,19 @@ def main() -> None:
         help="write the name of the signal there if one ended the run early; without that FILE is not there afterwards",
     )
     options, chosen, overrides = arguments.parse_words()
-    launch = Launch.from_environment()
     if options.keys or options.check or options.print_config:
         at_start.obey_signals()
-    if options.keys:
-        if launch.rank == 0:
-            print(configuration.describe())
-        return
     if options.ranks is not None and (options.ranks < 1 or not options.check):
         arguments.error(f"--ranks {options.ranks}: expected a number of ranks, 1 or more, together with --check")
-    if chosen is None:
+    if chosen is None and not options.keys:
         arguments.error("CONFIG is missing; expected a YAML file, such as configs/fashion_mnist/quickstart_dml.yaml")
+    # Not before: torch takes seconds to import.
+    from launch.commands.train import print_keys, run
 
-    with user_errors(launch):
-        config = configuration.load(chosen, overrides)
-        if options.print_config:
-            if launch.rank == 0:
-                print(configuration.dump(config), end="")
-            return
-        fresh = options.fresh and _first_start()
-        if options.check:
-            device = None
-            if options.ranks is not None:
-                launch = Launch(0, 0, options.ranks)
-                device = torch.device("cpu" if config.device == "cpu" else "cuda")
-            placement = check_run(config, launch, fresh=fresh, device=device)
-            if launch.rank == 0:
-                cuda = (device or choose_device(config.device, launch)).type == "cuda"
-                lines = forecast(config, placement, cuda=cuda)
-                print(f"{config.title}: {config.method.name}; {placement}", *lines, sep="\n  ")
-            return
-        require_torchrun("launch/train.py")
-        if options.preempted and launch.rank == 0:
-            options.preempted.unlink(missing_ok=True)
-        complete = train(
-            config, launch, fresh=fresh, preempted=options.preempted, before=at_start.noted, ends_process=True
-        )
-        if complete and launch.rank == 0:
-            _summarise(config.folder)
-
-
-def _first_start() -> bool:
-    # A restart by torchrun or by Slurm repeats the command line, and must go on, not start over.
-    return not any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-
-
-def _summarise(folder: Path) -> None:
-    """The run is complete whatever becomes of this."""
-    text = table([folder])
-    with _said("curves.png"):
-        curves([folder], folder / "curves.png")
-    with _said("table.txt"):
-        write_text(folder / "table.txt", text + "\n")
-    with _said("the table on standard output"):
-        print_soon(f"\n{text}\n\n{folder / 'curves.png'}\n")
-
-
-@contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            print(f"the run is complete; {what} could not be written: {error}", file=sys.stderr, flush=True)
+    if chosen is None or options.keys:
+        print_keys()
+    else:
+        run(options, chosen, overrides, at_start.noted)
 
 
 if __name__ == "__main__":

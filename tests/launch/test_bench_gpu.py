@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from launch.bench.gpu.methods import FORMS
-from launch.bench.gpu.running import PARTS
+from launch.bench.gpu.parts import PARTS
 from losses import METHODS
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ import yaml
 
 from engine.config.grid import cells_of, read_grid
 from engine.config.loading import dump_anywhere, load
-from launch.entry import parser
+from launch.parsing import parser
 from launch.sweeping.cells import write_down
 from tests.launch.command import run_command
 

@@ -96,6 +96,6 @@ def test_a_bit_of_a_weight_is_noticed() -> None:
     ],
 )
 def test_mistakes_are_told_before_anything_is_started(arguments: list[str], message: str) -> None:
-    code, _, said = run_command("torture.experiment", *arguments, check=False)
+    code, _, said = run_command("torture.__main__", *arguments, check=False)
     assert code == 2
     assert message in said

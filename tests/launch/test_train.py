@@ -186,16 +186,6 @@ def test_keys_lists_every_key_with_a_meaning(command: Callable[..., Outcome]) ->
         assert re.fullmatch(r"    \S.{5,}", meaning), f"{key}: {meaning}"
 
 
-def test_help_mentions_all_options_and_exit_codes(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["launch/train.py", "--help"])
-    main()
-    out = capfd.readouterr().out
-    for word in ("--print-config", "--check", "--keys", "--fresh", "CONFIG", "section.key=value", "Exit codes: 0"):
-        assert word in out, word
-
-
 def test_a_run_ends_with_a_table_and_the_place_of_the_curves(
     config: Path, tmp_path: Path, command: Callable[..., Outcome]
 ) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from engine.config import ConfigError
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -81,6 +79,9 @@ OVERLAPPED = 0.9
 def gpu_of(name: str) -> Gpu:
     """A GPU by its name. Raises: ConfigError, with the nearest that is known."""
     if name not in GPUS:
+        # The table itself is read by `--help`, for which torch need not be imported.
+        from engine.config import ConfigError
+
         near = difflib.get_close_matches(name.lower(), GPUS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"--gpu {name}: not in the table; expected one of {', '.join(GPUS)}{hint}")

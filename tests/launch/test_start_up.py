@@ -1,0 +1,56 @@
+"""What commands import before they have something to do with it: torch alone takes two seconds, and its compiler, which
+timm brings along, as much again. Counted, not timed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (*(ROOT / "launch").glob("*.py"), *(ROOT / "launch").glob("*/__main__.py"))
+    if "__main__" in path.read_text(encoding="utf-8") and path.name != "with_parent.py"
+)
+SLOW = (
+    "torch",
+    "torch._dynamo",
+    "numpy",
+    "pydantic",
+    "timm",
+    "torchvision",
+    "wandb",
+    "matplotlib",
+    "PIL",
+    "nvidia.dali",
+)
+TOLD = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print("imported:", *({{*{SLOW}}} & {{*sys.modules}})))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(*words: str) -> tuple[str, set[str]]:
+    """What a command prints, and which of the slow packages it has imported at its end."""
+    done = subprocess.run([sys.executable, "-c", TOLD, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said, _, imported = done.stdout.rpartition("imported:")
+    return said, {*imported.split()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_printed_without_torch(command: str) -> None:
+    said, imported = start(command, "--help")
+    assert said.startswith("usage: ")
+    assert imported == set()
+
+
+def test_help_mentions_all_options_and_exit_codes() -> None:
+    said, _ = start("launch/train.py", "--help")
+    for word in ("--print-config", "--check", "--keys", "--fresh", "CONFIG", "section.key=value", "Exit codes: 0"):
+        assert word in said, word
