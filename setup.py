@@ -34,6 +34,7 @@ setup(
         "dali-cuda12": ["nvidia-dali-cuda120>=2.0"],
         "dali-cuda13": ["nvidia-dali-cuda130>=2.0"],
         "hub": ["datasets>=3"],
+        "tensorboard": ["tensorboard>=2.16"],
         "dev": [
             "datasets>=3",
             "hypothesis",
@@ -42,6 +43,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "ruff",
+            "tensorboard>=2.16",
             "types-PyYAML",
         ],
     },

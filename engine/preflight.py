@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ def check_run(
     if config.data.decoding.decoder == "mixed" and device.type != "cuda":
         raise ConfigError(
             "data.decoding.decoder = mixed: decodes on CUDA devices, this rank runs on the CPU; expected auto or cpu"
+        )
+    if config.log.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError(
+            "log.tensorboard = True: needs the tensorboard library, which is not installed; pip install "
+            "cohort[tensorboard]"
         )
     _check_shared_decode(config, cuda=device.type == "cuda")
     placement = plan(config, launch.world, launch.rank, launch.per_node)

@@ -381,3 +381,6 @@ class LogConfig(Section):
     )
     wandb_project: str = Field("cohort", description="wandb's project")
     wandb_timeout: float = Field(30.0, gt=0, description="seconds to wait for wandb before going on without it")
+    tensorboard: bool = Field(
+        False, description="whether the same numbers go to event files in tensorboard/ of the run's folder"
+    )

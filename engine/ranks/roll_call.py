@@ -33,7 +33,7 @@ _OWN = {
     "device": None,
     "data": {"root", "val_root", "val_labels", "classes", "cache", "decoding"},
     "placement": {"meeting"},
-    "log": {"progress", "wandb", "wandb_project", "wandb_timeout"},
+    "log": {"progress", "wandb", "wandb_project", "wandb_timeout", "tensorboard"},
 }
 """Keys in which the ranks of one run may differ; None stands for a whole section."""
 

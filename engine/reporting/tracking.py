@@ -1,4 +1,4 @@
-"""Following a run: `metrics.jsonl` first, then wandb, then a progress bar. Only rank 0 has one of these."""
+"""Following a run: `metrics.jsonl` first, then wandb and TensorBoard, then a progress bar. Only rank 0 has one."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from engine.ranks.planning.choosing import automatic
 from engine.reporting.aside import Aside
 from engine.reporting.bar import Bar, clock
 from engine.reporting.console import Stderr
+from engine.reporting.tensorboard_run import TensorBoardRun
 from engine.reporting.wandb_run import WandbRun
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "wandb", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "pydantic")
@@ -190,7 +191,7 @@ class MetricsFile:
 class Tracker:
     """Writes what a run measures. A step is written once: what a killed run wrote after its checkpoint goes aside.
 
-    Nothing of it holds training up: lines are written, wandb is told and texts are printed by threads.
+    Nothing of it holds training up: lines are written, wandb and TensorBoard are told and texts are printed by threads.
     """
 
     def __init__(self, config: RunConfig, step: int, steps: int, check: Callable[[], None] = lambda: None) -> None:
@@ -202,6 +203,7 @@ class Tracker:
         self._bar = Bar(config.title, step, steps, self._stderr, shown=config.log.progress)
         self._steps = steps
         self._wandb = WandbRun(config, self.say) if config.log.wandb != "disabled" else None
+        self._tensorboard = TensorBoardRun(config, step, self.say) if config.log.tensorboard else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Keeps one line of metrics. Numbers that are not finite become null."""
@@ -212,6 +214,8 @@ class Tracker:
         self._file.add(json.dumps(line) + "\n")
         if self._wandb:
             self._wandb.write(line)
+        if self._tensorboard:
+            self._tensorboard.write(line)
 
     def catch_up(self) -> str | None:
         """As `MetricsFile.catch_up`."""
@@ -254,6 +258,8 @@ class Tracker:
         self._file.close()
         if self._wandb:
             self._wandb.finish(self._exit_code, soon=bool(self._exit_code))
+        if self._tensorboard:
+            self._tensorboard.finish()
         self._stderr.close()
 
 
