@@ -53,8 +53,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A worker for each core, with one thread each; one that is done takes over half of what another has left.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # With torch and whatever is not named in setup.py as .venv has them: those are gigabytes.
 test-oldest: setup

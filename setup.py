@@ -42,6 +42,7 @@ setup(
             "mypy",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "tensorboard>=2.16",
             "types-PyYAML",

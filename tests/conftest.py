@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ import torch
 from data_pipelines.config import DataConfig
 from data_pipelines.sources.standard_sets import STANDARD
 
-torch.set_num_threads(2)
+# As a rank among others has, and so does one of several workers.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -40,12 +40,3 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             header = np.array([magic, *shape], ">u4").tobytes()
             (folder / f"{stem}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
     return folder
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """As a rank among others has, and quicker for networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -251,10 +251,8 @@ def test_data_file_cut_short(at: Path, command: Callable[..., Outcome]) -> None:
 @pytest.fixture(scope="module")
 def trained_once(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of small.yaml."""
-    before, folder = torch.get_num_threads(), tmp_path_factory.mktemp("trained")
-    torch.set_num_threads(1)  # Quicker for networks this small.
+    folder = tmp_path_factory.mktemp("trained")
     train_here(small_run(tiny, folder, optimizer={"lr": 0.1}))
-    torch.set_num_threads(before)
     return folder
 
 

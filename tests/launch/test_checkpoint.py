@@ -20,8 +20,6 @@ from tests.checkpoints import PEER, a_run, change_state
 from tests.launch.command import run_command
 from tests.runs import train_here
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -22,8 +22,6 @@ from tests.engine.reporting.test_tracking import wandb_records
 from tests.kills import assert_same_state, final_state, numbers
 from tests.worlds import run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = """\
 name: small
 dir: {at}/run

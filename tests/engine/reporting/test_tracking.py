@@ -25,8 +25,6 @@ from engine.safety.answers import TrainingDivergedError
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[3]
 KEY = "local-" + "0123456789abcdef" * 2 + "01234567"
 

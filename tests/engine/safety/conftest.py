@@ -13,7 +13,7 @@ from tests.runs import train_here
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that came to its end."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     train_here(a_run(tiny, folder))

@@ -25,9 +25,6 @@ from tests.kills import assert_same_state, final_state, numbers
 from tests.runs import train_here
 from tests.worlds import run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # -- what does not verify ---------------------------------------------------------------------------------------------
 
 

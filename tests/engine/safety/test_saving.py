@@ -30,8 +30,6 @@ from tests.kills import assert_same_state, final_state, numbers
 from tests.runs import train_here
 from tests.worlds import run_ranks, run_world
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_best_is_the_first_with_the_highest_mean_top1(tiny: Path, tmp_path: Path) -> None:
     train_here(a_run(tiny, tmp_path, train={"epochs": 6}))
