@@ -11,6 +11,8 @@
     python launch/bench resident                 small images with AutoAugment and Cutout, against other loaders
     python launch/bench lmcl                     L-MCL's objective with memory banks against one pair after another
     python launch/bench lmcl-step                a step of L-MCL against two networks alone, and its outer step
+    python launch/bench methods                  a step of each method against independent peers, and its extra networks
+    python launch/bench peers                    each method, data included, against a trainer as papers' code has it
     python launch/bench gpu --out DIR            all that a GPU has to show, in parts that fail alone; see docs/gpu.md
 
 Absolute times belong to the machine; the ratio is the result. Machines wander, so variants take turns, and the median
@@ -25,13 +27,14 @@ from launch.bench.gpu.parts import PARTS
 from launch.parsing import parser
 
 WHAT = ("step", "exchange", "placement", "checkpoint", "bytes", "operations", "lmcl", "lmcl-step", "gpu")
+WHOLE = ("methods", "peers")
 LOADING = ("data", "resident", "decode")
 
 
 def main() -> None:
     """The command."""
     arguments = parser(__doc__ or "", "")
-    arguments.add_argument("what", choices=(*WHAT, *LOADING))
+    arguments.add_argument("what", choices=(*WHAT, *WHOLE, *LOADING))
     arguments.add_argument("--network", default="torchvision/resnet18", help="of both peers (default: %(default)s)")
     arguments.add_argument("--size", type=int, help="side of the images (default: 32, data: 224)")
     arguments.add_argument("--batch", type=int, default=64, help="rows of a step (default: %(default)s)")
@@ -43,7 +46,11 @@ def main() -> None:
     arguments.add_argument("--also", nargs="+", default=[], metavar="FORM=DIR", help="data: it as webdataset, hub")
     arguments.add_argument("--threads", type=int, help="CPU threads; torch's choice if absent")
     arguments.add_argument("--out", type=Path, metavar="DIR", help="gpu: where rows.jsonl and gpu.md are written")
-    arguments.add_argument("--quick", action="store_true", help="gpu, resident, placement: only to try the command")
+    arguments.add_argument("--quick", action="store_true", help="only to try the command, where it takes long")
+    arguments.add_argument("--cases", nargs="+", metavar="NAME", help="methods, peers: of them; all if absent")
+    arguments.add_argument("--peers", type=int, default=2, help="methods: peers of a cohort (default: %(default)s)")
+    arguments.add_argument("--classes", type=int, default=100, help="methods: of the images (default: %(default)s)")
+    arguments.add_argument("--workers", type=int, default=2, help="peers: of the other's loader (default: %(default)s)")
     arguments.add_argument("--minutes", type=float, default=8.0, help="gpu: limit of all parts (default: 8)")
     arguments.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"gpu: of {', '.join(PARTS)}")
     options = arguments.parse_args()

@@ -27,6 +27,7 @@ from launch.bench.peers import Workload, bare_step, bench_cohort, engine_step
 from launch.bench.placing import placing
 from launch.bench.saving import saving
 from launch.bench.turns import headline, in_turn, print_comparison
+from launch.bench.whole import whole_steps
 from launch.entry import user_errors
 from losses import METHODS
 
@@ -64,6 +65,8 @@ def _measure(options: argparse.Namespace, device: torch.device, launch: Launch) 
         print(headline("operations", work, device, launch))
         for name, found, alone in operations_of_methods(work, device, launch):
             print(f"  {name:28} {found:8,} {found / alone:8.2f} times independent peers")
+    elif options.what in ("methods", "peers"):
+        whole_steps(options, device, launch)
     elif options.what == "placement":
         placing(options.batch, 3 if options.quick else options.rounds, options.steps, launch, device)
     elif options.what == "checkpoint":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,15 +42,18 @@ class Workload:
     method: Mapping[str, Any] = field(default_factory=lambda: {"name": "dml"})
     """The section `method` of a config."""
     classes: int = CLASSES
+    views: str = "shared"
+    """Whether peers see one augmentation of an image, or one each: `data.views` of a config."""
 
 
 def rows_of(work: Workload, device: torch.device) -> Batch:
-    """Random images and classes on the device, the same on every rank."""
+    """Random images and classes on the device, the same on every rank; a view for each peer where each has its own."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(work.batch, 3, work.size, work.size, generator=generator)
     targets = torch.randint(work.classes, (work.batch,), generator=generator)
     images = images.to(device, memory_format=torch.channels_last)
-    return Batch((images,), targets.to(device), torch.arange(work.batch, device=device))
+    views = tuple(images.clone() for _ in range(work.peers)) if work.views == "per_peer" else (images,)
+    return Batch(views, targets.to(device), torch.arange(work.batch, device=device))
 
 
 def bench_cohort(work: Workload, device: torch.device, launch: Launch) -> Cohort:
@@ -59,7 +63,7 @@ def bench_cohort(work: Workload, device: torch.device, launch: Launch) -> Cohort
             "name": "bench",
             "method": dict(work.method),
             "peers": [{"network": work.network, "copies": work.peers}],
-            "data": {"dataset": "fashion_mnist_subset", "global_batch": work.batch},
+            "data": {"dataset": "fashion_mnist_subset", "global_batch": work.batch, "views": work.views},
             "train": {"epochs": 1},
             "schedule": {"name": "constant"},
             "precision": {"amp": work.amp, "compile": work.compile},
@@ -79,21 +83,30 @@ def bench_cohort(work: Workload, device: torch.device, launch: Launch) -> Cohort
     return cohort
 
 
-def engine_step(cohort: Cohort, work: Workload, clock: Clock | None = None) -> Callable[[], object]:
-    """A step as `train.py` makes it, meter and clock included, on rows that are there already.
+def engine_step(
+    cohort: Cohort, work: Workload, clock: Clock | None = None, batches: Iterator[Batch] | None = None
+) -> Callable[[], object]:
+    """A step as `train.py` makes it, meter and clock included.
 
     Args:
         clock: one that is read by whoever gives it; without, the step reads its own every 50 steps.
+        batches: this rank's rows of each step; without, rows that are there already.
     """
     placement, device = cohort.placement, cohort.device
-    batch = rows_of(work, device)
-    share = placement.rows(work.batch)
-    batch = Batch((batch.images[share],), batch.targets[share], batch.ids[share])
+    loads = batches is not None
+    if batches is None:
+        batch = rows_of(work, device)
+        share = placement.rows(work.batch)
+        views = tuple(batch.views[view][share] for view in cohort.views)
+        batches = itertools.repeat(Batch(views, batch.targets[share], batch.ids[share]))
     meter, ticking = Meter(placement, device), clock or Clock(device)
     count = iter(range(1 << 62))
 
     def step() -> None:
         done = next(count)
+        batch = next(batches)
+        if loads:
+            ticking.mark("data")
         meter.add(train_step(cohort, [batch], Progress(done, STEPS_PER_EPOCH, 1), ticking))
         if done % 50 == 49:
             meter.read()
