@@ -1,13 +1,13 @@
 """Looks at a machine and at the data before a run is started on them.
 
     python launch/doctor.py configs/imagenet/dml_resnet50.yaml data.root=/data/imagenet
-    torchrun --nnodes=2 --nproc-per-node=8 ... launch/doctor.py CONFIG    the clocks of all nodes too
+    torchrun --nnodes=2 --nproc-per-node=8 ... launch/doctor.py CONFIG    clocks and exchange of all nodes too
     python launch/doctor.py CONFIG --files --threads 16 --json damaged.json
 
-What there is of cores, memory, GPUs and libraries; how many photos a second the storage gives, the decoder decodes and
-the peers train on, and so what the run would wait for. With --files every file is read and decoded as a whole, several
-at a time, and what is wrong with it is said: that it is gone, empty, cut short, no image, or damaged within. A run
-would show another of its class in its place (data.on_error).
+What there is of cores, memory, GPUs and libraries; how fast ranks talk to each other, by NCCL or gloo; how many photos
+a second the storage gives, the decoder decodes and the peers train on, and so what the run would wait for. With --files
+every file is read and decoded as a whole, several at a time, and what is wrong with it is said: that it is gone, empty,
+cut short, no image, or damaged within. A run would show another of its class in its place (data.on_error).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
     python launch/bench bytes                    not timed: what each method sends, from its signals' shapes
     python launch/bench operations               not timed: operations that a step of each method dispatches
     python launch/bench data --folder DIR        images/s of folders, shards, ... and decoders, against other loaders
+    python launch/bench listing --images 1281167    the first look at class folders, each one after, and ImageFolder's
     python launch/bench resident                 small images with AutoAugment and Cutout, against other loaders
     python launch/bench lmcl                     L-MCL's objective with memory banks against one pair after another
     python launch/bench lmcl-step                a step of L-MCL against two networks alone, and its outer step
@@ -23,12 +24,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from launch.bench import LOADING
 from launch.bench.gpu.parts import PARTS
 from launch.parsing import parser
 
 WHAT = ("step", "exchange", "placement", "checkpoint", "bytes", "operations", "lmcl", "lmcl-step", "gpu")
 WHOLE = ("methods", "peers")
-LOADING = ("data", "resident", "decode")
 
 
 def main() -> None:
@@ -42,7 +43,10 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=3, help="steps in one timing (default: %(default)s)")
     arguments.add_argument("--amp", choices=["float32", "bf16", "fp16"], default="float32")
     arguments.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="lmcl: rows (default: 8 32)")
-    arguments.add_argument("--folder", type=Path, help="data, decode: train/ and val/; checkpoint: where to write")
+    arguments.add_argument(
+        "--folder", type=Path, help="data, decode: train/ and val/; checkpoint, listing: to write in"
+    )
+    arguments.add_argument("--images", type=int, default=100_000, help="listing: files (default: %(default)s)")
     arguments.add_argument("--also", nargs="+", default=[], metavar="FORM=DIR", help="data: it as webdataset, hub")
     arguments.add_argument("--threads", type=int, help="CPU threads; torch's choice if absent")
     arguments.add_argument("--out", type=Path, metavar="DIR", help="gpu: where rows.jsonl and gpu.md are written")

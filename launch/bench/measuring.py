@@ -15,11 +15,12 @@ import torch.distributed as dist
 from data_pipelines.sources.sections import PHOTOS
 from engine.config import ConfigError
 from engine.ranks.collectives import Launch, choose_device, start
-from launch.bench import contrast
+from launch.bench import LOADING, contrast
 from launch.bench.bytes import bytes_a_step
 from launch.bench.gpu.methods import operations_of_methods
 from launch.bench.gpu.running import run_parts
 from launch.bench.host import host_seconds, operations
+from launch.bench.loading.listing import listing
 from launch.bench.loading.photos import photos
 from launch.bench.loading.shared import decode
 from launch.bench.loading.small import small
@@ -30,8 +31,6 @@ from launch.bench.turns import headline, in_turn, print_comparison
 from launch.bench.whole import whole_steps
 from launch.entry import user_errors
 from losses import METHODS
-
-LOADING = ("data", "resident", "decode")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -93,6 +92,9 @@ def _load(options: argparse.Namespace, launch: Launch) -> None:
     threads = options.threads or os.cpu_count() or 1
     if options.what == "resident":
         small(1_000 if options.quick else 10_000, options.batch, threads, options.rounds)
+        return
+    if options.what == "listing":
+        listing(options.images, options.rounds, options.folder)
         return
     if options.folder is None:
         raise ConfigError("--folder: missing; expected a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")

@@ -20,6 +20,7 @@ from engine.files import write_json
 from engine.preflight import check_data
 from engine.ranks.collectives import Launch, choose_device, start
 from launch.entry import require_torchrun, user_errors
+from launch.examining.exchange import exchange
 from launch.examining.machine import clocks, machine
 from launch.examining.rates import Rates, decode_rate, limits, read_rate, train_rate
 
@@ -40,14 +41,14 @@ def run(options: argparse.Namespace, chosen: str, overrides: Sequence[str]) -> N
 
 
 def examine(config: RunConfig, launch: Launch) -> None:
-    """Prints what there is, how fast it is, and what limits the run; rank 0 for its machine, clocks for all."""
+    """Prints what there is, how fast it is, and what limits the run: rank 0 for its machine, and for all together."""
     sizes = check_data(config)
     device = choose_device(config.device, launch)
     start(launch, device)
     try:
-        apart = list(clocks())
+        together = [*clocks(), *exchange(device)]
         if launch.rank == 0:
-            print(*machine(config, device), *apart, sep="\n", flush=True)
+            print(*machine(config, device), *together, sep="\n", flush=True)
             print(*_rates(config, device, sizes.classes), sep="\n", flush=True)
         dist.barrier()
     finally:

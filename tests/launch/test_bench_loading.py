@@ -41,3 +41,11 @@ def test_small_images_are_timed_against_other_loaders() -> None:
     printed = bench("resident", "--quick", "--rounds", "2", "--threads", "1")
     for other in ("torchvision", "timm (PIL)"):
         assert f"resident / {other}: " in printed
+
+
+def test_listings_are_timed_against_image_folder(tmp_path: Path) -> None:
+    printed = bench("listing", "--images", "60", "--rounds", "2", "--folder", str(tmp_path))
+    assert "listing: 60 files in 60 folders" in printed
+    assert " ImageFolder / anew: " in printed
+    assert " ImageFolder / kept: " in printed
+    assert not list(tmp_path.iterdir())

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import torch
+
 from engine.config.loading import load
+from launch.examining.exchange import exchange
 from launch.examining.rates import Rates, limits
 from tests.data_pipelines.files import write_photos
 from tests.data_pipelines.test_bad_files import _half, _undecodable
 from tests.launch.command import run_command
+from tests.worlds import run_world
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """\
@@ -54,9 +59,25 @@ def test_what_a_run_would_wait_for(tmp_path: Path) -> None:
     write_photos(root)
     config.write_text(CONFIG.format(root=root))
     _, out, _ = run_command("doctor", str(config), "data.image.size=32", f"dir={tmp_path}")
+    assert "\nexchange: gloo starts; one rank has nobody to talk to" in out
     for line in ("cores: ", "memory: ", "torch ", "decoder: ", "storage: ", "decoding alone: ", "training: "):
         assert f"\n{line}" in f"\n{out}", line
     assert "decoding keeps up: " in out or "decoding limits this run: " in out
+
+
+def lines_about_the_exchange() -> list[str]:
+    return list(exchange(torch.device("cpu")))
+
+
+def test_ranks_are_heard_to_talk() -> None:
+    found = run_world(2, lines_about_the_exchange)
+    for [line] in found:
+        assert re.fullmatch(
+            r"exchange between 2 ranks, gloo: \d+\.\d\d GB/s of a rank in all-reduces of 67 MB, [\d,]+ us for a single "
+            "number",
+            line,
+        )
+    assert found[0] == found[1]
 
 
 def test_advice_follows_from_rates() -> None:

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +46,8 @@ def walk(folder: Path, root: Path, links: Links, *, nested: bool) -> Walk:
     """
     found = Walk([], [], Counter())
     _walk(folder, "", root, links, nested, found, (os.path.realpath(folder),))
-    found.names.sort(key=lambda name: (os.path.dirname(name), name))
+    if len(found.visited) > 1:  # Those of one folder are in order.
+        found.names.sort(key=lambda name: (os.path.dirname(name), name))
     return found
 
 
@@ -81,10 +83,11 @@ def changed(folder: Path) -> int:
 def entries(folder: Path, root: Path, links: Links, left: Counter[str]) -> list[os.DirEntry[str]]:
     """What is in a folder, sorted by name, less what is hidden, which is counted. Raises: DataError, as `walk`."""
     with os.scandir(folder) as scanned:
-        found = sorted(scanned, key=lambda entry: entry.name)
-    hidden = [entry for entry in found if entry.name.startswith(".")]
-    left["hidden files and folders"] += sum(entry.name != ".cohort" for entry in hidden)
+        found = sorted(scanned, key=attrgetter("name"))
     shown = [entry for entry in found if not entry.name.startswith(".")]
+    if len(shown) < len(found):
+        hidden = (entry.name for entry in found if entry.name.startswith("."))
+        left["hidden files and folders"] += sum(name != ".cohort" for name in hidden)
     for entry in shown:
         # Only links are resolved: a directory entry knows that it is one without a visit to the disk.
         if entry.is_symlink():
