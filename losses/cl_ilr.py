@@ -11,7 +11,7 @@ from torch import Tensor
 
 from losses.capabilities import SharedTrunk
 from losses.contract import Method, MethodOptions, Progress, Signals, Terms
-from losses.functional import mean_of_others, ramp_up, tempered_kl
+from losses.functional import mixed, others, ramp_up, tempered_kl
 
 
 class CLILROptions(MethodOptions):
@@ -75,10 +75,12 @@ class CLILR(SharedTrunk, Method):
         soft *= ramp_up(progress.epoch, options.ramp_up_epochs)
         soft *= options.temperature**2 if options.times_t_squared else 1
 
+        stacked = torch.stack([z.float() for z in logits])
+        shown = stacked.detach() if options.teacher == "constant" else stacked
+        teachers = mixed(others(len(logits), shown, mean=True), shown).unbind()
+
         def kl(k: int) -> Tensor:
-            teacher = mean_of_others(logits, k)
-            teacher = teacher.detach() if options.teacher == "constant" else teacher
-            return soft * tempered_kl(logits[k], teacher, options.temperature)
+            return soft * tempered_kl(logits[k], teachers[k], options.temperature)
 
         terms: Terms = {(k, "ce"): hard * self.classify(logits[k], targets) for k in residents}
         if options.teacher == "attached":  # every peer is in every KL term

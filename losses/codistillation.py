@@ -108,11 +108,12 @@ class Codistillation(LooksAtImages, MeetsAsJobs, Method):
         terms: Terms = {}
         for k in residents:
             logits, q = signals[k]["logits"], signals[k].get("stale")
-            terms[k, "ce"] = self.classify(logits, targets)
+            log_p = tempered_log_softmax(logits, 1.0)
+            terms[k, "ce"] = self.classify(logits, targets, log_p=log_p)
             terms[k, "kl"] = logits.new_zeros(())
             if q is not None:
                 own = torch.special.xlogy(q, q).sum(-1).mean()
-                terms[k, "kl"] = self.options.weight * (own - cross_term(q, tempered_log_softmax(logits, 1.0)))
+                terms[k, "kl"] = self.options.weight * (own - cross_term(q, log_p))
         return terms
 
     @torch.no_grad()

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from losses.capabilities import StageTaps
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import cross_term, sum_of_others, tempered_log_softmax
+from losses.functional import cross_term, mixed, others, tempered_log_softmax
 
 HEADS = ("ep1", "ep2", "logits")
 """The classifiers of a peer: after its last stage but two, after its last but one, and its own."""
+
+LOGARITHMS = tuple(f"log_{name}" for name in HEADS)
+"""What each says, log softmax: taken once, for what is sent and for the objective."""
 
 
 class DCMOptions(MethodOptions):
@@ -49,8 +52,8 @@ class DCM(StageTaps, Method):
 
     name = "dcm"
     Options = DCMOptions
-    signals = (*HEADS, "probabilities", "negentropy")
-    private = HEADS
+    signals = (*HEADS, *LOGARITHMS, "probabilities", "negentropy")
+    private = (*HEADS, *LOGARITHMS)
 
     @classmethod
     def check(cls, options: DCMOptions, num_peers: int) -> None:
@@ -69,23 +72,23 @@ class DCM(StageTaps, Method):
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
-        shown = [peer["probabilities"].detach() for peer in signals]
-        negentropy = [peer["negentropy"].detach().mean() for peer in signals]
+        shown = torch.stack([peer["probabilities"].detach() for peer in signals])
+        weights = others(self.num_peers, shown)
+        theirs = mixed(weights, shown)
+        negentropy = weights @ torch.stack([peer["negentropy"].detach().mean() for peer in signals])
         terms: Terms = {}
         for k in residents:
             mine = signals[k]
-            log_p = torch.stack([tempered_log_softmax(mine[name], 1.0) for name in HEADS]).sum(0)
-            terms[k, "ce"] = self.classify(mine["logits"], targets)
-            terms[k, "ce_ep1"] = self.classify(mine["ep1"], targets)
-            terms[k, "ce_ep2"] = self.classify(mine["ep2"], targets)
-            constant = len(HEADS) * sum_of_others(negentropy, k)
-            terms[k, "kl"] = constant - cross_term(sum_of_others(shown, k), log_p)
+            for name, term in (("logits", "ce"), ("ep1", "ce_ep1"), ("ep2", "ce_ep2")):
+                terms[k, term] = self.classify(mine[name], targets, log_p=mine[f"log_{name}"])
+            log_p = torch.stack([mine[name] for name in LOGARITHMS]).sum(0)
+            terms[k, "kl"] = len(HEADS) * negentropy[k] - cross_term(theirs[k], log_p)
         return terms
 
 
 class _EarlyClassifiers(nn.Module):
-    """{`logits`, `stage` S-2, `stage` S-1} -> logits `ep1`, `ep2` [N, C]; `probabilities` [N, C], the sum of all three
-    classifiers', and `negentropy` [N, 1], the sum of theirs."""
+    """{`logits`, `stage` S-2, `stage` S-1} -> logits `ep1`, `ep2` [N, C], the log probabilities `log_ep1`, `log_ep2`,
+    `log_logits` of all three classifiers, `probabilities` [N, C], the sum of theirs, and `negentropy` [N, 1], too."""
 
     def __init__(self, peer: PeerInfo) -> None:
         super().__init__()
@@ -96,8 +99,9 @@ class _EarlyClassifiers(nn.Module):
     def forward(self, signals: Signals) -> dict[str, Tensor]:
         early, late = (signals[f"stage{stage}"] for stage in self._stages)
         logits = {"ep1": self.ep1(early)["logits"], "ep2": self.ep2(late)["logits"]}
+        log_p = [tempered_log_softmax(x, 1.0) for x in (*logits.values(), signals["logits"])]
         with torch.no_grad():
-            log_p = [tempered_log_softmax(x, 1.0) for x in (*logits.values(), signals["logits"])]
-            p = torch.stack([x.exp() for x in log_p]).sum(0)
-            negentropy = torch.stack([x.exp() * x for x in log_p]).sum((0, 2)).unsqueeze(1)
-        return {**logits, "probabilities": p, "negentropy": negentropy}
+            p = [x.exp() for x in log_p]
+            negentropy = torch.stack([q * x for q, x in zip(p, log_p, strict=True)]).sum((0, 2)).unsqueeze(1)
+            total = torch.stack(p).sum(0)
+        return {**logits, **dict(zip(LOGARITHMS, log_p, strict=True)), "probabilities": total, "negentropy": negentropy}

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from losses.capabilities import Turns
-from losses.contract import Method, MethodOptions, Progress, Signals, Terms
-from losses.functional import cross_term, mean_of_others, ramp_up, tempered_log_softmax
+from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
+from losses.functional import cross_term, mixtures, others, ramp_up, tempered_log_softmax
 
 
 class DMLOptions(MethodOptions):
@@ -58,6 +58,12 @@ class DML(Turns, Method):
     name = "dml"
     Options = DMLOptions
     options: DMLOptions
+    weights: Tensor
+
+    def __init__(self, options: DMLOptions, peers: Sequence[PeerInfo]) -> None:
+        super().__init__(options, peers)
+        if options.weights is not None:
+            self.register_buffer("weights", torch.tensor(options.weights), persistent=False)
 
     @classmethod
     def check(cls, options: DMLOptions, num_peers: int) -> None:
@@ -82,32 +88,23 @@ class DML(Turns, Method):
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
-        options, others = self.options, self.num_peers - 1
-        scale = options.weight * options.temperature**2 * (others if options.combine == "sum" else 1)
-        scale *= ramp_up(progress.epoch, options.ramp)
-        log_p = [tempered_log_softmax(peer["logits"], options.temperature) for peer in signals]
-        with torch.no_grad():
-            p = [x.exp() for x in log_p]
-            negentropy = [cross_term(q, x) for q, x in zip(p, log_p, strict=True)]
+        options, t = self.options, self.options.temperature
+        scale = options.weight * t**2 * ramp_up(progress.epoch, options.ramp)
+        log_p = [tempered_log_softmax(peer["logits"], t) for peer in signals]
+        taught = mixtures(log_p, self._weights(log_p[0]))
 
         terms: Terms = {}
         for k in residents:
-            if options.weights is not None:
-                w = options.weights[k]
-                q, own = _weighted(p, w), _weighted(negentropy, w)
-                terms[k, "ce"] = self.classify(signals[k]["logits"], targets)
-                terms[k, "kl"] = scale * (own - cross_term(q, log_p[k]))
-                continue
-            q = mean_of_others(p, k)
+            terms[k, "ce"] = self.classify(signals[k]["logits"], targets, log_p=log_p[k] if t == 1 else None)
             if options.combine == "ensemble":
-                own = torch.special.xlogy(q, q).sum(-1).mean()
+                q = taught.q[k]
+                terms[k, "kl"] = scale * (torch.special.xlogy(q, q).sum(-1).mean() - cross_term(q, log_p[k]))
             else:
-                own = mean_of_others(negentropy, k)
-            terms[k, "ce"] = self.classify(signals[k]["logits"], targets)
-            terms[k, "kl"] = scale * (own - cross_term(q, log_p[k]))
+                terms[k, "kl"] = scale * taught.kl(k, log_p[k])
         return terms
 
-
-def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_j w_j x_j of equally shaped tensors."""
-    return torch.stack([w * x for w, x in zip(weights, tensors, strict=True)]).sum(0)
+    def _weights(self, like: Tensor) -> Tensor:
+        """w_kj [K, K]."""
+        if self.options.weights is not None:
+            return self.weights
+        return others(self.num_peers, like, mean=self.options.combine != "sum")

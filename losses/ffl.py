@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from losses.capabilities import OwnWeightDecay, SharedTrunk, StageTaps
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import distillation, ramp_up
+from losses.functional import divergence, ramp_up, tempered_log_softmax
 
 
 class FFLOptions(MethodOptions):
@@ -112,15 +112,18 @@ class FFL(SharedTrunk, StageTaps, OwnWeightDecay, Method):
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
-        t, weight = self.options.temperature, self.options.weight * ramp_up(progress.epoch, self.options.ramp_up_epochs)
+        t = self.options.temperature
+        weight = self.options.weight * t**2 * ramp_up(progress.epoch, self.options.ramp_up_epochs)
         fused = self.fusion([peer["map"] for peer in signals])
         mean = torch.stack([peer["logits"].detach().float() for peer in signals]).mean(0)
+        log_fused = tempered_log_softmax(fused, t)
 
         terms: Terms = {
             (None, "ce_fused"): self.classify(fused, targets),
-            (None, "kd_fused"): weight * distillation(fused, mean, t),
+            (None, "kd_fused"): weight * divergence(log_fused, tempered_log_softmax(mean, t)),
         }
         for k in residents:
-            terms[k, "ce"] = self.classify(signals[k]["logits"], targets)
-            terms[k, "kd"] = weight * distillation(signals[k]["logits"], fused.detach(), t)
+            z = signals[k]["logits"]
+            terms[k, "ce"] = self.classify(z, targets)
+            terms[k, "kd"] = weight * divergence(tempered_log_softmax(z, t), log_fused.detach())
         return terms

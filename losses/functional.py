@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,22 +12,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, *, weight: Tensor | None = None) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, log_p: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     """CE(z, y), the mean over rows of -sum_c w_c y_c log softmax(z)_c. logits [N, C], targets [N] or [N, C] -> scalar.
 
     Args:
+        log_p: log softmax(z) [N, C], where the caller has it: the logits are then not read again.
         weight: w of each class, [C]; None: all 1. PyTorch's, but the mean is over rows for class indices as well, where
             PyTorch divides by the sum of the rows' weights: that would depend on which rows a rank has.
     """
+    if log_p is None:
+        if weight is None:
+            return F.cross_entropy(logits.float(), targets)
+        return F.cross_entropy(logits.float(), targets, weight=weight, reduction="none").mean()
+    if targets.is_floating_point():
+        return -cross_term(targets if weight is None else targets * weight, log_p)
     if weight is None:
-        return F.cross_entropy(logits.float(), targets)
-    return F.cross_entropy(logits.float(), targets, weight=weight, reduction="none").mean()
+        return F.nll_loss(log_p, targets)
+    return F.nll_loss(log_p, targets, weight=weight, reduction="none").mean()
 
 
 def binary_cross_entropy(
     logits: Tensor,
     targets: Tensor,
     *,
+    log_p: Tensor | None = None,
     threshold: float | None = None,
     sum_classes: bool = False,
     weight: Tensor | None = None,
@@ -35,6 +46,7 @@ def binary_cross_entropy(
     BinaryCrossEntropy. logits [N, C], targets [N] or [N, C] -> scalar.
 
     Args:
+        log_p: not looked at; where all classes share a softmax, `cross_entropy` has a use for it.
         threshold: where targets are probabilities, those above it become 1 and the others 0; None: t = y.
         sum_classes: the sum over classes in the place of their mean.
         weight: w of each class, [C]: a row counts sum_c w_c y_c times; None: once.
@@ -51,9 +63,7 @@ def binary_cross_entropy(
     return (rows * (terms.sum(-1) if sum_classes else terms.mean(-1))).mean()
 
 
-def classifier(
-    loss: str, *, threshold: float | None = None, sum_classes: bool = False
-) -> Callable[[Tensor, Tensor], Tensor]:
+def classifier(loss: str, *, threshold: float | None = None, sum_classes: bool = False) -> Callable[..., Tensor]:
     """What `train.loss` names, with its options; see `binary_cross_entropy`."""
     if loss == "cross_entropy":
         return cross_entropy
@@ -69,34 +79,66 @@ def tempered_log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 def cross_term(probabilities: Tensor, log_probabilities: Tensor) -> Tensor:
     """sum_c q log p, the mean over rows: what of KL(q || p) depends on p, negated. [N, C], [N, C] -> scalar."""
-    return (probabilities * log_probabilities).sum(-1).mean()
+    return (probabilities * log_probabilities).sum() / len(probabilities)
 
 
-def sum_of_others(tensors: Sequence[Tensor], k: int) -> Tensor:
-    """sum_{j != k} of equally shaped tensors. Added up rather than taken from the total, which would cancel."""
-    others = [x for j, x in enumerate(tensors) if j != k]
-    return others[0] if len(others) == 1 else torch.stack(others).sum(0)
+def others(num_peers: int, like: Tensor, *, mean: bool = False) -> Tensor:
+    """[K, K] on the device of `like`: 0 on the diagonal, elsewhere 1, or 1 / (K - 1) for the mean of the others."""
+    weight = 1 / (num_peers - 1) if mean else 1.0
+    return torch.full((num_peers, num_peers), weight, device=like.device, dtype=like.dtype).fill_diagonal_(0)
 
 
-def mean_of_others(tensors: Sequence[Tensor], k: int) -> Tensor:
-    """The mean over j != k of equally shaped tensors."""
-    return sum_of_others(tensors, k) / (len(tensors) - 1) if len(tensors) > 2 else sum_of_others(tensors, k)
+def mixed(weights: Tensor, x: Tensor) -> Tensor:
+    """sum_j w_mj x_j by one product. [M, K], [K, ...] -> [M, ...]."""
+    return (weights @ x.reshape(len(x), -1)).view(-1, *x.shape[1:])
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    r"""Constant teachers j, each of which is read once, in M mixtures of weights w_mj: since
+
+        \sum_j w_mj KL(q_j || p) = \sum_j w_mj <q_j, log q_j> - <\sum_j w_mj q_j, log p>,
+
+    who learns from a mixture has one pass over its own log p to make, however many teachers there are.
+    """
+
+    q: Sequence[Tensor]
+    r"""\sum_j w_mj q_j [N, C] of each mixture."""
+    own: Sequence[Tensor]
+    r"""\sum_j w_mj <q_j, log q_j - c>, means over rows."""
+    common: Tensor
+    """c [N, C], the mean of the teachers' log q. Both terms are less by it: the difference of two large numbers would
+    leave few digits of a small KL."""
+
+    def kl(self, m: int, log_p: Tensor) -> Tensor:
+        """The weighted sum of mixture m, the mean over rows. log_p [N, C] -> scalar."""
+        return self.own[m] - cross_term(self.q[m], log_p - self.common)
+
+
+@torch.no_grad()
+def mixtures(log_q: Sequence[Tensor], weights: Tensor) -> Mixtures:
+    """What M mixtures, by `weights` [M, K], of K teachers say, whose log q are each [N, C]."""
+    stacked = torch.stack(list(log_q))
+    q, common = stacked.exp(), stacked.mean(0)
+    own = stacked.sub_(common).mul_(q).sum(-1).mean(-1)
+    return Mixtures(mixed(weights, q).unbind(), (weights @ own).unbind(), common)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q || p), the sum over classes and the mean over rows, of log probabilities [N, C], [N, C] -> scalar."""
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
 def tempered_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """KL(softmax(t / T) || softmax(z / T)), the sum over classes and the mean over rows. [N, C], [N, C] -> scalar.
 
     Exact logarithms in float32: the 1e-7 that ONE, FFL and OKDDip add to the teacher's probabilities is left out. The
-    gradient reaches whichever of the two carries one; who wants a constant teacher detaches it.
+    gradient reaches whichever of the two carries one; who wants a constant teacher detaches it. Where one of the two is
+    met again, `tempered_log_softmax` of it is taken once and given to `divergence`.
     """
-    log_p = tempered_log_softmax(student_logits, temperature)
-    log_q = tempered_log_softmax(teacher_logits, temperature)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
-
-
-def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(t / T) || softmax(z / T)), see `tempered_kl`. [N, C], [N, C] -> scalar."""
-    return temperature**2 * tempered_kl(student_logits, teacher_logits, temperature)
+    return divergence(
+        tempered_log_softmax(student_logits, temperature), tempered_log_softmax(teacher_logits, temperature)
+    )
 
 
 def ramp_up(epoch: int, length: int) -> float:

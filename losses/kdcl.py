@@ -12,7 +12,7 @@ from torch import Tensor
 
 from losses.capabilities import HeldOutSurveys
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import distillation
+from losses.functional import divergence, tempered_log_softmax
 
 
 class KDCLOptions(MethodOptions):
@@ -73,14 +73,16 @@ class KDCL(HeldOutSurveys, Method):
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
-        options = self.options
+        options, t = self.options, self.options.temperature
         with torch.no_grad():
             teacher = self._ensemble(torch.stack([peer["logits"].float() for peer in signals]), targets)
+            log_q = tempered_log_softmax(teacher, t)
         terms: Terms = {}
         for k in residents:
             z = signals[k]["logits"]
-            terms[k, "ce"] = options.ce_weight * self.classify(z, targets)
-            terms[k, "kd"] = options.weight * distillation(z, teacher, options.temperature)
+            log_p = tempered_log_softmax(z, t)
+            terms[k, "ce"] = options.ce_weight * self.classify(z, targets, log_p=log_p if t == 1 else None)
+            terms[k, "kd"] = options.weight * t**2 * divergence(log_p, log_q)
         return terms
 
     def _ensemble(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from losses.capabilities import OuterProblem, OuterStep, StageTaps, Unsynchronised
 from losses.contract import PeerInfo, Progress, Signals, Terms
 from losses.contrast import ContrastiveOptions, Pair, totals
-from losses.functional import distillation
+from losses.functional import mixtures, tempered_log_softmax
 from losses.mcl import Contrastive
 
 Parameters = dict[int, dict[str, Tensor]]
@@ -120,12 +120,14 @@ class LMCL(OuterProblem, StageTaps, Unsynchronised, Contrastive):
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
         terms: Terms = {}
-        aggregates = [peer["aggregate"].detach() for peer in signals]
+        t = self.options.temperature
+        aggregates = [tempered_log_softmax(peer["aggregate"].detach(), t) for peer in signals]
+        taught = mixtures(aggregates, aggregates[0].new_ones(1, self.num_peers))
         for i in residents:
             last = signals[i]["exits"][:, -1]
             terms[i, "ce"] = self._classify(signals[i], targets)
             terms[i, "ce_aggregate"] = self.classify(signals[i]["aggregate"], targets)
-            terms[i, "kd"] = torch.stack([distillation(last, a, self.options.temperature) for a in aggregates]).sum()
+            terms[i, "kd"] = t**2 * taught.kl(0, tempered_log_softmax(last, t))
         with torch.no_grad():
             weights = self.weights(residents, signals)
         return terms | self.contrast(residents, signals, targets, progress, weights)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from losses.capabilities import ActsAfterStep, AfterStep, AllRows, MakeTable, SharedTrunk, Tables
 from losses.contract import Method, PeerInfo, Progress, Signals, Terms
 from losses.contrast import ContrastiveOptions, Pair, PairRows, rows_in_batch, rows_in_memory, totals
-from losses.functional import distillation
+from losses.functional import divergence, tempered_log_softmax
 from losses.memory import Memory
 
 
@@ -136,9 +136,10 @@ class MCL(SharedTrunk, Contrastive):
         terms |= totals(rows, {}, self.options, vcl_counts=1 / (self.num_peers - 1))
         students = {"none": [], "all": residents, "last": [self.num_peers - 1]}[self.options.logit_distill]
         if students:
-            mean = torch.stack([peer["logits"].detach() for peer in signals]).mean(0)
+            t = self.options.temperature
+            log_q = tempered_log_softmax(torch.stack([peer["logits"].detach() for peer in signals]).mean(0), t)
             for k in set(students) & set(residents):
-                terms[k, "kd"] = distillation(signals[k]["logits"], mean, self.options.temperature)
+                terms[k, "kd"] = t**2 * divergence(tempered_log_softmax(signals[k]["logits"], t), log_q)
         return terms
 
 

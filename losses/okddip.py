@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from losses.capabilities import SharedTrunk
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import ramp_up, tempered_log_softmax
+from losses.functional import divergence, ramp_up, tempered_log_softmax
 
 
 class OKDDipOptions(MethodOptions):
@@ -80,25 +79,33 @@ class OKDDip(SharedTrunk, Method):
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
-        t, weight = self.options.temperature, self.options.weight * ramp_up(progress.epoch, self.options.ramp_up_epochs)
+        t = self.options.temperature
+        weight = self.options.weight * t**2 * ramp_up(progress.epoch, self.options.ramp_up_epochs)
         *peers, leader = (peer["logits"].float() for peer in signals)
         logits = torch.stack(peers, 1)
         features = torch.stack([peer["features"].float() for peer in signals[:-1]], 1)
         log_attention = (self.query(features) @ self.key(features).mT).log_softmax(-1)
+        log_p = tempered_log_softmax(logits, t)
         if self.options.mix == "logits":
             log_x = tempered_log_softmax(log_attention.exp() @ logits, t)
             log_mean = tempered_log_softmax(logits.mean(1), t)
         else:
-            log_q = tempered_log_softmax(logits, t)
-            log_x = (log_attention[..., None] + log_q[:, None]).logsumexp(2)
-            log_mean = log_q.logsumexp(1) - math.log(len(peers))
-
-        def kd(student: Tensor, log_teacher: Tensor) -> Tensor:
-            """The mean over rows, the sum over peers where there are several."""
-            log_p = tempered_log_softmax(student, t)
-            return weight * t**2 * F.kl_div(log_p, log_teacher, reduction="batchmean", log_target=True)
+            log_x = _log_of_mixtures(log_attention.exp(), log_p)
+            log_mean = log_p.logsumexp(1) - math.log(len(peers))
 
         terms: Terms = {(k, "ce"): self.classify(signals[k]["logits"], targets) for k in residents}
-        terms[None, "kd"] = kd(logits, log_x)
-        terms[None, "kd_leader"] = kd(leader, log_mean)
+        # Means over rows, and the sum over peers.
+        terms[None, "kd"] = weight * divergence(log_p, log_x)
+        terms[None, "kd_leader"] = weight * divergence(tempered_log_softmax(leader, t), log_mean)
         return terms
+
+
+def _log_of_mixtures(attention: Tensor, log_p: Tensor) -> Tensor:
+    r"""log \sum_b A_ab p_b, [N, K, K] and [N, K, C] -> [N, K, C]: a batched product, K^2 C numbers are nowhere at once.
+
+    What is below float32's least number, a peer's probability or its share, is taken for that: as a target it weighs
+    nothing.
+    """
+    largest = log_p.detach().amax(1, keepdim=True)
+    mixed = attention @ (log_p - largest).exp()
+    return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log() + largest

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from losses.capabilities import SharedTrunk
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import distillation, ramp_up
+from losses.functional import divergence, ramp_up, tempered_log_softmax
 
 
 class ONEOptions(MethodOptions):
@@ -81,13 +81,15 @@ class ONE(SharedTrunk, Method):
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
-        options = self.options
-        weight = options.weight * ramp_up(progress.epoch, options.ramp_up_epochs)
+        options, t = self.options, self.options.temperature
+        weight = options.weight * t**2 * ramp_up(progress.epoch, options.ramp_up_epochs)
         gate = self.gate(signals[residents[0]]["trunk"])
         ensemble = torch.einsum("nk,nkc->nc", gate, torch.stack([peer["logits"].float() for peer in signals], 1))
 
+        log_q = tempered_log_softmax(ensemble.detach(), t)
         terms: Terms = {(None, "ce_ensemble"): self.classify(ensemble, targets)}
         for k in residents:
-            terms[k, "ce"] = self.classify(signals[k]["logits"], targets)
-            terms[k, "kd"] = weight * distillation(signals[k]["logits"], ensemble.detach(), options.temperature)
+            z = signals[k]["logits"]
+            terms[k, "ce"] = self.classify(z, targets)
+            terms[k, "kd"] = weight * divergence(tempered_log_softmax(z, t), log_q)
         return terms

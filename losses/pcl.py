@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from losses.capabilities import SharedTrunk, Teachers
 from losses.contract import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
-from losses.functional import distillation, ramp_up
+from losses.functional import divergence, mixtures, others, ramp_up, tempered_log_softmax
 
 
 class PCLOptions(MethodOptions):
@@ -84,18 +84,20 @@ class PCL(Teachers, SharedTrunk, Method):
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:
-        t, others = self.options.temperature, self.num_peers - 1
-        weight = self.options.weight * self._ramp_up(progress.epoch)
+        t = self.options.temperature
+        weight = self.options.weight * t**2 * self._ramp_up(progress.epoch)
         ensemble = self.ensemble(torch.cat([peer["features"] for peer in signals], dim=1))
-        constant = ensemble.detach()
+        log_ensemble = tempered_log_softmax(ensemble.detach(), t)
+        log_teachers = [tempered_log_softmax(peer["teacher"].detach(), t) for peer in signals]
+        taught = mixtures(log_teachers, others(self.num_peers, log_ensemble, mean=True))
 
         terms: Terms = {(None, "ce_ensemble"): self.classify(ensemble, targets)}
         for j in residents:
             z = signals[j]["logits"]
-            taught = [distillation(z, peer["teacher"].detach(), t) for k, peer in enumerate(signals) if k != j]
-            terms[j, "ce"] = self.classify(z, targets)
-            terms[j, "kd_ensemble"] = weight * distillation(z, constant, t)
-            terms[j, "kd_teachers"] = weight / others * torch.stack(taught).sum()
+            log_p = tempered_log_softmax(z, t)
+            terms[j, "ce"] = self.classify(z, targets, log_p=log_p if t == 1 else None)
+            terms[j, "kd_ensemble"] = weight * divergence(log_p, log_ensemble)
+            terms[j, "kd_teachers"] = weight * taught.kl(j, log_p)
         return terms
 
     def _ramp_up(self, epoch: int) -> float:

@@ -24,6 +24,7 @@ from launch.bench.loading.listing import listing
 from launch.bench.loading.photos import photos
 from launch.bench.loading.shared import decode
 from launch.bench.loading.small import small
+from launch.bench.objective import objective
 from launch.bench.peers import Workload, bare_step, bench_cohort, engine_step
 from launch.bench.placing import placing
 from launch.bench.saving import saving
@@ -66,6 +67,8 @@ def _measure(options: argparse.Namespace, device: torch.device, launch: Launch) 
             print(f"  {name:28} {found:8,} {found / alone:8.2f} times independent peers")
     elif options.what in ("methods", "peers"):
         whole_steps(options, device, launch)
+    elif options.what == "objective":
+        objective(options.rounds, options.steps, device)
     elif options.what == "placement":
         placing(options.batch, 3 if options.quick else options.rounds, options.steps, launch, device)
     elif options.what == "checkpoint":
