@@ -74,7 +74,7 @@ def follow(
         check: raises an OSError where the run's folder belongs to another run by now.
     """
     changed = changes(config) if step else []
-    before = [start["ranks"] for start in _earlier_starts(config.folder / "starts.json")[-1:] if step]
+    before = [start["ranks"] for start in read_starts(config.folder / "starts.json")[-1:] if step]
     record_start(config, placement.world)
     tracker = Tracker(config, step, steps, check)
     for message in said:
@@ -107,10 +107,11 @@ def record_start(config: RunConfig, world: int) -> None:
         "platform": platform.platform(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
     }
-    write_json(path, [*_earlier_starts(path), start])
+    write_json(path, [*read_starts(path), start])
 
 
-def _earlier_starts(path: Path) -> list[Any]:
+def read_starts(path: Path) -> list[Any]:
+    """What `record_start` has kept in a file; one that is damaged is moved aside."""
     try:
         starts = json.loads(read_text(path))
     except FileNotFoundError:

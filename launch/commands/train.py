@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from engine.files import write_text
 from engine.forecast import forecast
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch, choose_device
+from engine.reporting.closing import closing
 from engine.reporting.console import print_soon
 from engine.reporting.report.curves import curves
 from engine.reporting.report.table import table
@@ -62,9 +64,10 @@ def run(options: argparse.Namespace, chosen: str, overrides: Sequence[str], note
         require_torchrun("launch/train.py")
         if options.preempted and launch.rank == 0:
             options.preempted.unlink(missing_ok=True)
+        begin = time.monotonic()
         complete = train(config, launch, fresh=fresh, preempted=options.preempted, before=noted, ends_process=True)
         if complete and launch.rank == 0:
-            _summarise(config.folder)
+            _summarise(config.folder, time.monotonic() - begin)
 
 
 def _first_start() -> bool:
@@ -72,7 +75,7 @@ def _first_start() -> bool:
     return not any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def _summarise(folder: Path) -> None:
+def _summarise(folder: Path, seconds: float) -> None:
     """The run is complete whatever becomes of this."""
     text = table([folder])
     with _said("curves.png"):
@@ -80,7 +83,7 @@ def _summarise(folder: Path) -> None:
     with _said("table.txt"):
         write_text(folder / "table.txt", text + "\n")
     with _said("the table on standard output"):
-        print_soon(f"\n{text}\n\n{folder / 'curves.png'}\n")
+        print_soon("\n".join(["", text, "", *closing(folder, seconds), ""]))
 
 
 @contextlib.contextmanager

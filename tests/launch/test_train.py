@@ -189,7 +189,17 @@ def test_a_run_ends_with_a_table_and_the_place_of_the_curves(
 ) -> None:
     out, _ = command(config)
     run = tmp_path / "run"
-    assert out == f"\n{(run / 'table.txt').read_text()}\n{run / 'curves.png'}\n"
+    table = f"\n{(run / 'table.txt').read_text()}\n"
+    assert out.startswith(table)
+    took, kept, after = out.removeprefix(table).splitlines()
+    assert re.fullmatch(
+        r"took   0:\d\d:\d\d; [\d,]+ images/s, of a step data \d+ %, forward \d+ %, exchange \d+ %, backward \d+ %, "
+        r"optimizer \d+ %; at most [\d,]+ MiB on rank 0",
+        took,
+    )
+    files = "config.yaml, metrics.jsonl, table.txt, curves.png"
+    assert kept == f"kept   {run}: {files}, checkpoint of step 5"
+    assert after == f"next   python launch/evaluate.py {run} --confusion; python launch/export.py {run}"
     assert {path.name for path in run.iterdir()} >= {
         *("config.yaml", "starts.json", "metrics.jsonl", "checkpoints", "table.txt", "curves.png"),
     }

@@ -155,7 +155,7 @@ def test_the_table_is_written_and_printed(started_twice: Any) -> None:
 
 def test_the_curves_are_a_picture_with_lines(started_twice: Any) -> None:
     folder, done, _ = started_twice
-    assert str(folder / "curves.png") in done[1].stdout
+    assert f"kept   {folder}: config.yaml, metrics.jsonl, table.txt, curves.png, checkpoint" in done[1].stdout
     with Image.open(folder / "curves.png") as picture:
         assert picture.format == "PNG"
         assert 800 <= picture.width <= 4000
