@@ -159,6 +159,12 @@ def _say_nothing(_: str) -> None:
     pass
 
 
+def _kept(config: RunConfig, now: Due) -> int:
+    """Newest checkpoints. What breaks the weights shows at the update after, when they may be saved: one from before is
+    there until the end."""
+    return max(config.checkpoint.keep, 1 if now.ends_run else 2)
+
+
 class _Run:
     """One rank's part of a run."""
 
@@ -302,7 +308,7 @@ class _Run:
                 self.steps_per_epoch,
                 self.pipeline.contents,
             )
-            keep = self.config.checkpoint.keep if calm else ALL
+            keep = _kept(self.config, now) if calm else ALL
             self._save(standing, keep, last=now.ends_run or self.stopped_by is not None)
         if self.stopped_by:
             seconds = self._preemption.seconds(self.device)

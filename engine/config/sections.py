@@ -320,7 +320,7 @@ class CheckpointConfig(Section):
 
     every_epochs: int = Field(1, ge=1, description="epochs between checkpoints; the last epoch is always saved")
     every_steps: int | None = Field(None, ge=1, description="also every so many steps; null: only at ends of epochs")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best; 2 or more while it trains")
     data_may_change: bool = Field(
         False, description="go on where images of the same classes were added or lost; an epoch keeps its steps"
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine import trainer
 from engine.config import RunConfig
@@ -133,6 +134,31 @@ def poisoned(config: RunConfig, first: int) -> None:
 
     trainer.train_step = step
     train_here(config)
+
+
+def broken(config: RunConfig, update: int) -> None:
+    """An update multiplies all weights by 1e25, and all losses from the next one on are NaN."""
+    train_step, done = trainer.train_step, iter(range(1 << 30))
+
+    def step(cohort: Any, *rest: Any) -> Any:
+        outcome = train_step(cohort, *rest)
+        if next(done) == update:
+            with torch.no_grad():
+                for network in cohort.networks().values():
+                    for p in network.parameters():
+                        p.mul_(1e25)
+        return outcome
+
+    trainer.train_step = step
+    train_here(config)
+
+
+def test_an_update_that_breaks_the_weights_pushes_out_no_checkpoint_from_before_it(tiny: Path, tmp_path: Path) -> None:
+    config = small_run(tiny, tmp_path, checkpoint={"every_steps": 1, "keep": 1}, log={"every_steps": 1})
+    with pytest.raises(RuntimeError, match="Checkpoints of up to step 6 are from before"):
+        run_ranks(1, broken, config, 6)
+    # The seventh update is the broken one. It is saved, as nothing has shown it by then.
+    assert checkpoint.steps_on_disk(tmp_path)[-2:] == [6, 7]
 
 
 def test_a_row_of_skipped_updates_pushes_out_no_checkpoint_from_before_it(tiny: Path, tmp_path: Path) -> None:
