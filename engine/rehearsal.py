@@ -11,7 +11,7 @@ import math
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ def rehearse(config: RunConfig, placement: Placement, images: Images, steps: Seq
         RehearsalError: something of it would fail on a GPU.
         ValueError: what the method refuses.
     """
+    placement = replace(placement, per_node=None)  # There are no others to agree with on how ranks lie on nodes.
     # Peers that are jobs of their own meet in files, of which there are none here: as one job, a rank each.
     if placement.only is not None:
         placement = Placement.even(placement.num_peers, 1, placement.num_peers, placement.only)

@@ -203,7 +203,7 @@ class _Run:
         self.saver = Saver(config.folder, self.cohort, say, held.check, held.mark)
         self._scored = last_evaluation(config.folder)
         if self.step < self.steps:
-            settle(self.cohort, self._progress)
+            settle(self.cohort, self._progress, say)
         self.clock = Clock(device)
         self._aside = ""
         self._stop = torch.zeros(1, device=device)

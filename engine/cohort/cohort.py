@@ -26,6 +26,8 @@ from engine.ranks.collectives import group_of, leave
 from engine.ranks.exchange import Exchange
 from engine.ranks.meeting import Meeting
 from engine.ranks.placement import Placement, Share
+from engine.ranks.planning.choosing import AUTO
+from engine.ranks.planning.levels import judge_of
 from engine.ranks.roll_call import program
 from engine.ranks.tables import make_table
 from losses import Progress, Signals, Terms
@@ -53,7 +55,8 @@ class Cohort:
         """This rank's rows of a global batch, micro-batch by micro-batch."""
         self.replica_group = group_of(placement.replica_ranks)
         wire = torch.bfloat16 if config.placement.exchange_dtype == "bf16" else torch.float32
-        self.exchange = Exchange(placement, group_of(placement.exchange_ranks), wire)
+        judge = judge_of(config.placement.exchange, AUTO)
+        self.exchange = Exchange(placement, group_of(placement.exchange_ranks), wire, judge)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision.amp == "fp16")
         self.autocast = AUTOCAST[config.precision.amp]
         self.streams = Streams(config.seed, placement.num_peers, placement.replica, device)
@@ -101,7 +104,7 @@ class Cohort:
 
     def close(self) -> None:
         """Leaves the groups of ranks that were made for this cohort, which is not used afterwards."""
-        leave(self.exchange.group)
+        self.exchange.close()
         leave(self.replica_group)
 
     # -- a step -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     "name": None,
     "dir": None,
     "device": None,
-    "placement": {"kind", "peers_per_rank", "ranks", "order", "meeting"},
+    "placement": {"kind", "peers_per_rank", "ranks", "order", "exchange", "meeting"},
     "evaluation": None,
     "checkpoint": None,
     "log": None,

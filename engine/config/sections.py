@@ -261,6 +261,11 @@ class PlacementConfig(Section):
         description="contiguous: the ranks of a peer one after another, and whole nodes first, so that gradients stay "
         "within nodes and signals cross; interleaved: those of all peers in turn, the opposite",
     )
+    exchange: Literal["auto", "flat", "hierarchical"] = Field(
+        "auto",
+        description="of signals, where ranks are uneven and on several nodes: hierarchical: a row goes to a node once, "
+        "and from there to its ranks; flat: to each rank by itself; auto: what is foretold to be faster",
+    )
     exchange_dtype: Literal["float32", "bf16"] = Field("float32", description="number format of signals under way")
     meeting: AnyPath | None = Field(
         None, description="jobs: the folder, seen by all of them, where peers leave their weights"

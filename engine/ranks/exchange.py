@@ -16,10 +16,12 @@ from engine.ranks.collectives import (
     all_to_all,
     all_to_all_with_gradient,
     gather_objects,
+    leave,
 )
-from engine.ranks.packing import Shapes, apart, as_digits, as_numbers, packed, size_of, unpacked
+from engine.ranks.levels import Judge, Levels
+from engine.ranks.packing import Shapes, apart, as_digits, as_numbers, block_of, packed, size_of, unpacked
 from engine.ranks.placement import Placement, Share, interval
-from engine.ranks.routes import NUMBERS_OF_A_ROW, Route, gathers, route
+from engine.ranks.routes import NUMBERS_OF_A_ROW, Widths, gathers
 from losses import Signals
 
 
@@ -30,6 +32,7 @@ class Exchange:
         placement: of this rank.
         group: of `placement.exchange_ranks`.
         wire: format of signals under way.
+        judge: says where an all-to-all is done in two levels; None: nowhere.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class Exchange:
         placement: Placement,
         group: dist.ProcessGroup,
         wire: torch.dtype = torch.float32,
+        judge: Judge | None = None,
     ) -> None:
         self._placement, self.group, self._wire = placement, group, wire
+        self.levels = Levels(placement, judge)
         self.gather_objects: GatherObjects = gather_objects
         """How ranks tell each other the shapes of what they show, once for each set of shapes."""
         ranks = placement.exchange_ranks
@@ -48,7 +53,6 @@ class Exchange:
         # Of each group, the place of one of its ranks among them.
         self._speakers = [self.groups.index(g) for g in range(len(placement.groups))]
         self._layouts: dict[object, list[dict[int, Shapes]]] = {}
-        self._routes: dict[tuple[int, int, bool], Route] = {}
 
     def __call__(
         self,
@@ -187,26 +191,29 @@ class Exchange:
         wire: torch.dtype,
         group: dist.ProcessGroup,
     ) -> tuple[dict[int, Signals], tuple[Tensor, Tensor] | None]:
-        placement, way = self._placement, self._route(share, everywhere=bool(everywhere))
+        placement, way = self._placement, self.levels.route(share, everywhere=bool(everywhere))
         layout = self._layout(
             [[(name, tuple(x.shape[1:])) for name, x in sent[k].items()] for k in placement.residents], "row"
         )
         near = [_only(peers, lambda name: name not in everywhere) for peers in layout]
         wide = [_only(peers, lambda name: name in everywhere) for peers in layout]
         numbered = 0 if labels is None else NUMBERS_OF_A_ROW
-        out, back = way.sizes([size_of(peers) for peers in near], [size_of(peers) for peers in wide], numbered)
-        flat = packed(sent, way, near, wide, labels).to(wire)
-        if mode == "differentiable":
-            got = all_to_all_with_gradient(flat, out, back, group)
+        widths = Widths(tuple(map(size_of, near)), tuple(map(size_of, wide)), numbered)
+        block = block_of(sent, way, near, wide, labels)
+        back = mode == "differentiable"
+        send = all_to_all_with_gradient if back else _of_constants
+        levels = self.levels.of(way, share, widths, wire.itemsize, group, everywhere=bool(everywhere), back=back)
+        if levels is not None:
+            got: Sequence[Tensor] = self.levels.exchanged(block, levels, widths, wire, send, group)
         else:
-            got = all_to_all(flat.detach(), out, back, group)
-        return unpacked(got.float().split(back), way, near, wide, numbered)
+            out, come = (sizes.tolist() for sizes in way.sizes(widths))
+            got = send(packed(block, way).to(wire), out, come, group).float().split(come)
+        return unpacked(got, way, near, wide, numbered)
 
-    def _route(self, share: Share, *, everywhere: bool) -> Route:
-        key = share.batch, share.unit, everywhere
-        if key not in self._routes:
-            self._routes[key] = route(self._placement, share, everywhere=everywhere)
-        return self._routes[key]
+    def close(self) -> None:
+        """Leaves the groups of ranks that it has used."""
+        self.levels.close()
+        leave(self.group)
 
     def _layout(self, mine: list[Shapes], of: str) -> list[dict[int, Shapes]]:
         """Shapes of every peer's signals, group by group. Peers may differ in widths, so ranks tell each other once for
@@ -224,6 +231,10 @@ class Exchange:
 def _world() -> dist.ProcessGroup:
     assert dist.group.WORLD is not None
     return dist.group.WORLD
+
+
+def _of_constants(tensor: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    return all_to_all(tensor.detach(), sent, received, group)
 
 
 def _only(peers: Mapping[int, Shapes], wanted: Callable[[str], bool]) -> dict[int, Shapes]:

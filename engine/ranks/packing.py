@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.ranks.routes import Route
+from engine.ranks.hierarchy import Hierarchy
+from engine.ranks.routes import Route, Widths
 from losses import Signals
 
 Shapes = list[tuple[str, tuple[int, ...]]]
@@ -49,14 +51,46 @@ def as_numbers(digits: Tensor) -> Tensor:
     return sum(digits[:, place].long() << 8 * place for place in range(_DIGITS))  # type: ignore[return-value]
 
 
-def packed(
+@dataclass(frozen=True)
+class Block:
+    """What one rank shows of its rows, or of some of them."""
+
+    rows: Sequence[range]
+    """Of the micro-batch, ascending and apart."""
+    near: Tensor
+    """[N, S] of these, what goes to those who see the row too."""
+    wide: Tensor
+    """Flat, of all rows of the rank, what goes everywhere, and"""
+    labels: Tensor
+    """what goes to the ranks of its group beside that."""
+
+    def some(self, rows: range) -> Tensor:
+        """Flat, what goes to those who see these rows, which follow each other and are among `rows`."""
+        at = 0
+        for held in self.rows:
+            if rows.start < held.stop:
+                at += rows.start - held.start
+                break
+            at += len(held)
+        return self.near[at : at + len(rows)].reshape(-1)
+
+    def rest(self, *, kin: bool) -> list[Tensor]:
+        """What goes everywhere, and to ranks of the same group."""
+        return [self.wide, self.labels] if kin else [self.wide]
+
+    def piece(self, rows: range, *, kin: bool) -> list[Tensor]:
+        """What a rank gets that sees these rows, and is of the same group or not."""
+        return [self.some(rows), *self.rest(kin=kin)] if rows else self.rest(kin=kin)
+
+
+def block_of(
     sent: Mapping[int, Signals],
     way: Route,
     near: Sequence[Mapping[int, Shapes]],
     wide: Sequence[Mapping[int, Shapes]],
     labels: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """What this rank sends to each, one after another.
+) -> Block:
+    """All that this rank shows.
 
     Args:
         sent: signals of the peers here, for its rows.
@@ -65,14 +99,51 @@ def packed(
         wide: of what goes everywhere.
         labels: targets and ids of the rows, for the ranks of this group.
     """
-    group, first, n = way.groups[way.own], way.mine.start, len(way.mine)
+    group, n = int(way.groups[way.own]), len(way.mine)
     rows = beside(sent, near[group], n)
-    of_all = beside(sent, wide[group], n).reshape(-1)
-    digits = None if labels is None else torch.cat([as_digits(x) for x in labels], 1).to(rows.dtype).reshape(-1)
-    pieces = [rows.reshape(-1)[:0]]
-    for g, common in zip(way.groups, way.common, strict=True):
-        pieces += [rows[common.start - first : common.stop - first].reshape(-1), of_all] if len(common) else [of_all]
-        pieces += [digits] if g == group and digits is not None else []
+    digits = rows.new_empty(0) if labels is None else torch.cat([as_digits(x) for x in labels], 1).to(rows.dtype)
+    return Block([way.mine], rows, beside(sent, wide[group], n).reshape(-1), digits.reshape(-1))
+
+
+def packed(block: Block, way: Route) -> Tensor:
+    """What this rank sends to each, one after another."""
+    group = int(way.groups[way.own])
+    pieces = [block.near.reshape(-1)[:0]]
+    for g, common in zip(way.groups.tolist(), way.common, strict=True):
+        pieces += block.piece(common, kin=g == group)
+    return torch.cat(pieces)
+
+
+def packed_across(block: Block, levels: Hierarchy, place: int) -> Tensor:
+    """What this rank, at its place among the others, sends to other nodes, in the order of those who take it there."""
+    reach, pieces = levels.reach(place), [block.near.reshape(-1)[:0]]
+    others = [node for node in range(levels.count) if node != levels.nodes[place]]
+    for node in sorted(others, key=lambda node: int(levels.carriers(node)[place])):
+        pieces += [block.some(rows) for rows in reach.get(node, [])]
+        pieces += block.rest(kin=levels.has_kin(place, node))
+    return torch.cat(pieces)
+
+
+def packed_within(block: Block, arrived: Sequence[Tensor], levels: Hierarchy, place: int, widths: Widths) -> Tensor:
+    """What this rank sends to each rank of its node: of its own rows, and of those that came from other nodes.
+
+    Args:
+        block: its own.
+        arrived: from each rank of the exchange, as `packed_across` made it there.
+    """
+    way, blocks = levels.way, {place: block}
+    for source in levels.carried(place):
+        if source != place:
+            group, n = int(way.groups[source]), int(way.stops[source] - way.starts[source])
+            rows, width = levels.reach(source).get(int(levels.nodes[place]), []), widths.near[group]
+            sizes = [sum(map(len, rows)) * width, n * widths.wide[group]]
+            near, wide, labels = arrived[source].split([*sizes, len(arrived[source]) - sum(sizes)])
+            blocks[source] = Block(rows, near.view(-1, width) if width else near.view(0, 0), wide, labels)
+    pieces = [block.near.reshape(-1)[:0]]
+    for other in levels.here(place):
+        common = levels.seen(other).common
+        for source, held in sorted(blocks.items()):
+            pieces += held.piece(common[source], kin=bool(way.groups[source] == way.groups[other]))
     return torch.cat(pieces)
 
 
@@ -86,16 +157,16 @@ def unpacked(
     """What came from each rank -> the signals of the peers of other groups, and of all rows."""
     shown: dict[int, Signals] = {}
     labels: tuple[Tensor, Tensor] | None = None
-    start, stop = way.mine.start, way.mine.stop
+    start, stop, groups, own = way.mine.start, way.mine.stop, way.groups.tolist(), int(way.groups[way.own])
     for g, (some, all_) in enumerate(zip(near, wide, strict=True)):
         width, wide_width = size_of(some), size_of(all_)
         blocks = [
             (x, len(common) * width, len(rows) * wide_width)
-            for h, x, common, rows in zip(way.groups, got, way.common, way.rows, strict=True)
+            for h, x, common, rows in zip(groups, got, way.common, way.rows, strict=True)
             if h == g
         ]
         found: dict[int, Signals] = {k: {} for k in some}
-        if g != way.groups[way.own] and width:
+        if g != own and width:
             found = apart(torch.cat([x[:a].view(-1, width) for x, a, _ in blocks]), some)
         if wide_width:
             every = torch.cat([x[a : a + b].view(-1, wide_width) for x, a, b in blocks])
@@ -109,7 +180,7 @@ def unpacked(
                 }
                 for k in found
             }
-        if g == way.groups[way.own] and numbered:
+        if g == own and numbered:
             digits = torch.cat([x[a + b :].view(-1, numbered) for x, a, b in blocks])
             digits = torch.cat([digits[start:], digits[:start]])
             labels = as_numbers(digits[:, : numbered // 2]), as_numbers(digits[:, numbered // 2 :])

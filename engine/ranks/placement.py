@@ -53,6 +53,10 @@ class Placement:
     groups: tuple[Group, ...]
     rank: int
     only: int | None = None
+    per_node: int | None = None
+    """Ranks of each node, in their order, as far as this rank knows; None where that does not matter."""
+    order: Order = "contiguous"
+    """See `arranged`."""
 
     @classmethod
     def even(
@@ -69,7 +73,7 @@ class Placement:
         count = len(peers) // peers_per_rank
         held = [peers[g * peers_per_rank : (g + 1) * peers_per_rank] for g in range(count)]
         ranks = arranged([world // count] * count, order)
-        return cls(num_peers, tuple(Group(*each) for each in zip(held, ranks, strict=True)), rank, only)
+        return cls(num_peers, tuple(Group(*each) for each in zip(held, ranks, strict=True)), rank, only, order=order)
 
     def of(self, rank: int) -> Placement:
         """The same as another rank has it."""
@@ -153,6 +157,14 @@ class Placement:
             size = len(group.ranks) // count
             found += group.ranks[part * size : (part + 1) * size]
         return sorted(found)
+
+    def node(self, rank: int) -> int:
+        """Which node a rank is on."""
+        return rank // (self.per_node or self.world)
+
+    def nodes(self, ranks: Sequence[int]) -> NDArray[np.int64]:
+        """The node of each of some ranks."""
+        return np.asarray(ranks, dtype=np.int64) // (self.per_node or self.world)
 
     def cut(self, batch: int, parts: int = 1, unit: int = 1) -> tuple[Share, ...]:
         """This rank's rows of a global batch, micro-batch by micro-batch.

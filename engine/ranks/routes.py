@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from engine.ranks.placement import Placement, Share, interval
+from engine.ranks.placement import Placement, Share
 
 NUMBERS_OF_A_ROW = 8
 """What a row's target and id are sent as: four digits to the base 256 each."""
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How many numbers ranks show each other of a row."""
+
+    near: tuple[int, ...]
+    """Those of each group, to ranks that see the row too, and"""
+    wide: tuple[int, ...]
+    """to all ranks."""
+    labels: int = 0
+    """Ranks of a group to each other, beside these."""
+
+    @classmethod
+    def of(cls, placement: Placement, widths: Mapping[int, int], everywhere: Mapping[int, int] | None = None) -> Widths:
+        """From what each peer shows, to those who see its rows and everywhere."""
+        wide = everywhere or {}
+        near, far = (
+            tuple(sum(of.get(k, 0) for k in group.peers) for group in placement.groups) for of in (widths, wide)
+        )
+        return cls(near, far, NUMBERS_OF_A_ROW if everywhere else 0)
 
 
 @dataclass(frozen=True)
@@ -23,51 +48,67 @@ class Route:
 
     ranks: Sequence[int]
     """That exchange, this one among them, ascending."""
-    groups: Sequence[int]
+    groups: Counts
     """Of each of them."""
-    rows: Sequence[range]
-    """Of the micro-batch, of each of them."""
+    starts: Counts
+    """First of each one's rows of the micro-batch, and"""
+    stops: Counts
+    """the one after the last."""
     own: int
     """This rank's place in `ranks`."""
+
+    @functools.cached_property
+    def rows(self) -> list[range]:
+        """Of the micro-batch, of each of `ranks`."""
+        return list(map(range, self.starts.tolist(), self.stops.tolist()))
 
     @property
     def mine(self) -> range:
         """This rank's rows."""
-        return self.rows[self.own]
+        return range(int(self.starts[self.own]), int(self.stops[self.own]))
 
-    @property
+    @functools.cached_property
     def common(self) -> list[range]:
         """The rows that this rank has in common with each; none with ranks of its own group."""
-        mine, group = self.mine, self.groups[self.own]
-        return [overlap(mine, rows) if g != group else range(0) for g, rows in zip(self.groups, self.rows, strict=True)]
+        starts = np.maximum(self.starts, self.starts[self.own])
+        return list(map(range, starts.tolist(), (starts + self.shared).tolist()))
 
-    def sizes(self, near: Sequence[int], wide: Sequence[int], labels: int) -> tuple[list[int], list[int]]:
-        """How many numbers this rank sends to each, and gets from each.
+    @functools.cached_property
+    def shared(self) -> Counts:
+        """How many rows that is."""
+        own = self.own
+        found = np.minimum(self.stops, self.stops[own]) - np.maximum(self.starts, self.starts[own])
+        return np.where(self.groups == self.groups[own], 0, np.maximum(found, 0))
 
-        Args:
-            near: numbers that each group shows of a row, to those that see it too.
-            wide: numbers that each group shows of a row everywhere.
-            labels: numbers of a row that ranks of a group show each other beside these.
-        """
-        group, n = self.groups[self.own], len(self.mine)
-        out, back = [], []
-        for g, rows, common in zip(self.groups, self.rows, self.common, strict=True):
-            extra = labels * (g == group)
-            out.append(len(common) * near[group] + n * (wide[group] + extra))
-            back.append(len(common) * near[g] + len(rows) * (wide[g] + extra))
-        return out, back
+    def sizes(self, widths: Widths) -> tuple[Counts, Counts]:
+        """How many numbers this rank sends to each, and gets from each."""
+        group, n = int(self.groups[self.own]), len(self.mine)
+        extra = np.where(self.groups == group, widths.labels, 0)
+        out = self.shared * widths.near[group] + n * (widths.wide[group] + extra)
+        near, wide = (np.array(of, dtype=np.int64)[self.groups] for of in (widths.near, widths.wide))
+        return out, self.shared * near + (self.stops - self.starts) * (wide + extra)
 
 
 def route(placement: Placement, share: Share, *, everywhere: bool) -> Route:
     """The route of a rank's share, in its component or, where signals are wanted everywhere, in the world."""
-    ranks = range(placement.world) if everywhere else placement.exchange_ranks
-    places = [placement.of(rank) for rank in ranks]
-    groups = [place.group for place in places]
-    rows = [
-        interval(share.batch, share.unit, place.replica, len(placement.groups[g].ranks))
-        for place, g in zip(places, groups, strict=True)
-    ]
-    return Route(ranks, groups, rows, ranks.index(placement.rank))
+    parts = 1 if everywhere else placement.components
+    part = placement.replica * parts // placement.replicas
+    units = share.batch // share.unit
+    ranks, groups, replicas, counts = [], [], [], []
+    for g, group in enumerate(placement.groups):
+        count = len(group.ranks)
+        places = range(part * count // parts, (part + 1) * count // parts)
+        ranks.append(np.array(group.ranks[places.start : places.stop], dtype=np.int64))
+        replicas.append(np.array(places, dtype=np.int64))
+        groups.append(np.full(len(places), g))
+        counts.append(np.full(len(places), count))
+    everyone = np.concatenate(ranks)
+    order = np.argsort(everyone)
+    j, of = np.concatenate(replicas)[order], np.concatenate(counts)[order]
+    # As `interval` has it.
+    starts, stops = (at * units // of * share.unit for at in (j, j + 1))
+    own = int(np.searchsorted(everyone[order], placement.rank))
+    return Route(everyone[order].tolist(), np.concatenate(groups)[order], starts, stops, own)
 
 
 def gathers(placement: Placement, share: Share | None, *, everywhere: bool) -> bool:
@@ -75,47 +116,3 @@ def gathers(placement: Placement, share: Share | None, *, everywhere: bool) -> b
     if not placement.is_even or share is None or not everywhere:
         return placement.is_even
     return share.batch // share.unit % placement.replicas == 0
-
-
-def overlap(one: range, other: range) -> range:
-    """The rows that are in both."""
-    start = max(one.start, other.start)
-    return range(start, max(start, min(one.stop, other.stop)))
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one exchange of one rank, without what it keeps itself."""
-
-    sent: int
-    received: int
-
-
-def traffic(
-    placement: Placement,
-    share: Share,
-    widths: Mapping[int, int],
-    everywhere: Mapping[int, int] | None = None,
-    wire: torch.dtype = torch.float32,
-) -> Traffic:
-    """What this rank sends and gets in the exchange of one micro-batch.
-
-    Args:
-        placement: of the rank.
-        share: its rows.
-        widths: numbers that each peer shows of a row, those that go everywhere left out.
-        everywhere: numbers that each peer shows of a row to all ranks; None where nothing goes everywhere.
-        wire: format under way.
-    """
-    wide_of, labels = everywhere or {}, NUMBERS_OF_A_ROW if everywhere else 0
-    near = [sum(widths.get(k, 0) for k in group.peers) for group in placement.groups]
-    wide = [sum(wide_of.get(k, 0) for k in group.peers) for group in placement.groups]
-    if gathers(placement, share, everywhere=bool(everywhere)):
-        others = (placement.world if everywhere else len(placement.groups)) - 1
-        if len(placement.groups) == 1:
-            near = [0]
-        longest = len(share.rows) * max(a + b + labels for a, b in zip(near, wide, strict=True))
-        return Traffic(others * longest * wire.itemsize, others * longest * wire.itemsize)
-    way = route(placement, share, everywhere=bool(everywhere))
-    out, back = way.sizes(near, wide, labels)
-    return Traffic(*((sum(sizes) - sizes[way.own]) * wire.itemsize for sizes in (out, back)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -122,12 +122,15 @@ def _parts(cohort: Cohort, share: Share) -> float:
     return cohort.config.data.global_batch / (len(share.rows) * cohort.placement.mean_replicas)
 
 
-def settle(cohort: Cohort, progress: Progress) -> None:
+def settle(cohort: Cohort, progress: Progress, say: Callable[[str], None] | None = None) -> None:
     """One pass forward and backward on black images, of which nothing is kept.
 
     DDP lays its buckets out anew after the first backward pass, and the sum over three or more ranks rounds differently
     in another layout. So that a resumed run adds up like one that never stopped, the layout is settled before the
     first step of either; unless no gradient is averaged, here or elsewhere.
+
+    Args:
+        say: told in how many levels signals are exchanged, where that was a question.
     """
     placement = cohort.placement
     replicas = max(len(group.ranks) for group in placement.groups)
@@ -137,6 +140,8 @@ def settle(cohort: Cohort, progress: Progress) -> None:
     cohort.begin_step(progress.step)
     for _ in _gradients(cohort, blank(cohort, len(share.rows)), share, progress, 0, Clock(cohort.device)):
         pass
+    if say and cohort.exchange.levels.remark:
+        say(cohort.exchange.levels.remark)
     cohort.restore_buffers(torch.ones(1, device=cohort.device))
 
 

@@ -118,13 +118,14 @@ def _images(config: RunConfig) -> Images:
 def as_yaml(config: RunConfig, placement: Placement) -> dict[str, object]:
     """The section of a config that gives this placement."""
     names = [name for name, _ in config.cohort]
+    found: dict[str, object] = {"kind": placement.kind}
     if placement.kind == "hybrid":
-        return {"kind": "hybrid", "peers_per_rank": len(placement.groups[0].peers)}
-    if placement.kind != "balanced":
-        return {"kind": placement.kind}
-    if any(len(group.peers) > 1 for group in placement.groups):
-        return {"kind": "balanced"}
-    return {"kind": "balanced", "ranks": {names[group.peers[0]]: len(group.ranks) for group in placement.groups}}
+        found["peers_per_rank"] = len(placement.groups[0].peers)
+    if placement.kind == "balanced" and all(len(group.peers) == 1 for group in placement.groups):
+        found["ranks"] = {names[group.peers[0]]: len(group.ranks) for group in placement.groups}
+    if placement.order == "interleaved" and len(placement.groups) > 1:
+        found["order"] = "interleaved"
+    return found
 
 
 _COLUMNS = ("placement", "memory", "step", "compute", "gradients", "exchange", "waiting", "decode")

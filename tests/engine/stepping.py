@@ -45,12 +45,14 @@ def config_of(method: dict[str, Any] | None = None, peers: Any = 2, **sections: 
     return validate(raw)
 
 
-def cohort_of(config: RunConfig, channels: int = 1, method: type[Method] | None = None) -> Cohort:
+def cohort_of(
+    config: RunConfig, channels: int = 1, method: type[Method] | None = None, per_node: int | None = None
+) -> Cohort:
     """This rank's part of the cohort, in the world that is running; `method` is one of a test's own, known from then on
-    to this rank, which ends with the world."""
+    to this rank, which ends with the world. `per_node` ranks are taken for a node."""
     if method is not None:
         METHODS[method.name] = method
-    placement = plan(config, dist.get_world_size(), dist.get_rank())
+    placement = plan(config, dist.get_world_size(), dist.get_rank(), per_node)
     cohort = Cohort(
         config,
         placement,
@@ -64,11 +66,11 @@ def cohort_of(config: RunConfig, channels: int = 1, method: type[Method] | None 
     return cohort
 
 
-def cohort_in_double(config: RunConfig) -> Cohort:
+def cohort_in_double(config: RunConfig, per_node: int | None = None) -> Cohort:
     """As `cohort_of`, computing and exchanging in float64 throughout. This rank does so until the end of its world."""
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
-    cohort = cohort_of(config)
+    cohort = cohort_of(config, per_node=per_node)
     cohort.exchange._wire = torch.float64
     for optimizer in cohort.optimizers():  # the fused kernel takes its flag in float32 only
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

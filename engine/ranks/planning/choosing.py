@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from engine.config import ConfigError, RunConfig
 from engine.ranks.placement import Group, Order, Placement, arranged
@@ -37,7 +38,7 @@ def plan(config: RunConfig, world: int, rank: int, per_node: int | None = None) 
             f"data.global_batch = {batch}: {most} replicas x {parts} micro-batches do not get {rows} each; expected at "
             f"least {most * parts * unit}"
         )
-    return placement
+    return replace(placement, per_node=per_node)
 
 
 def plan_scoring(config: RunConfig, world: int, rank: int) -> Placement:
@@ -73,7 +74,7 @@ def balanced(
     if counts is None and world < len(costs):
         held, counts = peers_of_ranks(costs, world), [1] * world
     ranks = arranged(counts or ranks_of_peers(costs, world), order, per_node)
-    return Placement(len(costs), tuple(Group(*each) for each in zip(held, ranks, strict=True)), rank)
+    return Placement(len(costs), tuple(Group(*each) for each in zip(held, ranks, strict=True)), rank, order=order)
 
 
 def ranks_of_peers(costs: Sequence[float], world: int) -> list[int]:
@@ -95,27 +96,29 @@ def peers_of_ranks(costs: Sequence[float], world: int) -> Sequence[Sequence[int]
 
 def candidates(load: Load, world: int, *, order: Order = "contiguous", per_node: int | None = None) -> list[Placement]:
     """Placements to choose from, as of rank 0; each cuts the batch so that no rank is without rows. First those that
-    have fewest peers a rank, as `placement.kind: auto` has always chosen; last those of uneven groups."""
-    count, rows = len(load.peers), load.batch // load.unit
+    have fewest peers a rank, as `placement.kind: auto` has always chosen; then those of uneven groups; and last, unless
+    that is the order anyhow, all of these interleaved."""
     found: dict[object, Placement] = {}
+    for each in dict.fromkeys((order, "interleaved")):
+        for placement in _candidates(load, world, each, per_node):
+            if placement.least_rows(load.batch, load.parts, load.unit) > 0:
+                found.setdefault(_key(placement), placement)
+    return list(found.values())
+
+
+def _candidates(load: Load, world: int, order: Order, per_node: int | None) -> Iterator[Placement]:
+    count = len(load.peers)
     for per_rank in (m for m in range(1, count + 1) if count % m == 0):
-        groups = count // per_rank
-        if world % groups == 0 and rows >= world // groups * load.parts:
-            placement = Placement.even(count, per_rank, world, 0, None, order)
-            found.setdefault(_key(placement), placement)
+        if world % (count // per_rank) == 0:
+            yield Placement.even(count, per_rank, world, 0, None, order)
     costs = [sum(peer.seconds(max(2, load.batch // max(world // count, 1) // load.parts))) for peer in load.peers]
     for counts in _counts(costs, world):
-        placement = balanced(costs, world, 0, counts, order, per_node)
-        if placement.least_rows(load.batch, load.parts, load.unit) > 0:
-            found.setdefault(_key(placement), placement)
+        yield balanced(costs, world, 0, counts, order, per_node)
     for groups in range(2, min(count, world + 1)):
         # Peers dealt to fewer groups than there are peers, and these to ranks in proportion.
         held = peers_of_ranks(costs, groups)
         ranks = arranged(ranks_of_peers([sum(costs[k] for k in peers) for peers in held], world), order, per_node)
-        placement = Placement(count, tuple(Group(*each) for each in zip(held, ranks, strict=True)), 0)
-        if placement.least_rows(load.batch, load.parts, load.unit) > 0:
-            found.setdefault(_key(placement), placement)
-    return list(found.values())
+        yield Placement(count, tuple(Group(*each) for each in zip(held, ranks, strict=True)), 0, order=order)
 
 
 def _key(placement: Placement) -> object:

@@ -53,6 +53,9 @@ LINKS = 0.8
 LATENCY = {"inside": 20e-6, "between": 50e-6}
 """Seconds that a collective takes however little it brings. Assumed."""
 
+MESSAGE = 2e-6
+"""Seconds that each message of an all-to-all takes a rank beyond its bytes. Assumed."""
+
 KERNELS = 1.94
 """What a step takes over the sum of its operations at these rates: ResNet-50, bf16, 256 images on an H200, for which
 the sum is 28.0 ms and 54.3 were measured (docs/gpu.md). The only point at which this is calibrated."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
-import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from data_pipelines.sources.sections import PHOTOS
 from engine.config import RunConfig
 from engine.ranks.placement import Group, Placement, Share
 from engine.ranks.planning.footprint import footprint_of
-from engine.ranks.planning.hardware import BUCKET, DECODED, DECODED_ON_CPU, LATENCY, LINKS, OVERLAPPED, Gpu
-from engine.ranks.routes import NUMBERS_OF_A_ROW, gathers, overlap
+from engine.ranks.planning.hardware import BUCKET, DECODED, DECODED_ON_CPU, LATENCY, LINKS, MESSAGE, OVERLAPPED, Gpu
+from engine.ranks.traffic import Traffic, traffic_of_all
 from losses import METHODS
 
 _Shares = tuple[Share, ...]
@@ -110,6 +108,17 @@ class Cluster:
         """The node of a rank."""
         return rank // self.per_node
 
+    def exchange(self, each: Iterable[Traffic], *, twice: bool = False) -> float:
+        """Seconds of an exchange that brings so much to each rank, until the last has it; `twice`: in two levels."""
+        within, across = (LINKS * min(self.gpu.inside, link) for link in (self.gpu.inside, self.gpu.between))
+        most, spans = 0.0, False
+        for got in each:
+            spans = spans or got.across > 0
+            inside = got.received - got.across
+            most = max(most, got.across / across + inside / within + MESSAGE * got.messages)
+        begin = LATENCY["between" if spans else "inside"] + LATENCY["inside"] * twice
+        return begin + most if most else 0.0
+
     def seconds(self, size: float, *, spans: bool) -> float:
         """For so many bytes to one rank, over the network where the ranks are of several nodes."""
         link = min(self.gpu.inside, self.gpu.between) if spans else self.gpu.inside
@@ -136,6 +145,8 @@ class Prediction:
     """Bytes within nodes, and"""
     between: int
     """between them."""
+    hierarchical: bool = False
+    """Whether signals are exchanged in two levels."""
 
     @property
     def step(self) -> float:
@@ -163,9 +174,8 @@ def predict(placement: Placement, load: Load, cluster: Cluster) -> Prediction:
     slowest = max(range(len(busy)), key=lambda g: busy[g][0] + exposed[g])
     gradients = exposed[slowest]
     waiting = max(0.0, busy[slowest][0] - compute)
-    inside, between, most = exchanged(placement, load, cluster, shares)
-    apart = _exchange_spans(placement, load, cluster)
-    exchange = cluster.seconds(most, spans=apart) * (1 + load.comes_back) if most else 0.0
+    signals = exchanged(placement, load, cluster, shares)
+    exchange = signals.seconds
     so_far = compute + gradients + waiting + exchange
     decode = max(0.0, _decoding(shares, load, cluster) - so_far)
     averaged = averaging(placement, load, cluster)
@@ -178,8 +188,9 @@ def predict(placement: Placement, load: Load, cluster: Cluster) -> Prediction:
         waiting,
         decode,
         min(ideal, so_far),
-        inside + averaged[0],
-        between + averaged[1],
+        signals.inside + averaged[0],
+        signals.between + averaged[1],
+        signals.hierarchical,
     )
 
 
@@ -209,7 +220,8 @@ def choose(predictions: Sequence[Prediction]) -> tuple[Prediction, str]:
 def short(placement: Placement) -> str:
     """A placement in a word, with the ranks of each group where they are uneven."""
     counts = ":".join(str(len(group.ranks)) for group in placement.groups)
-    return f"{placement.kind} ({counts})" if placement.kind == "balanced" else placement.kind
+    kind = f"{placement.kind} ({counts})" if placement.kind == "balanced" else placement.kind
+    return f"{kind}, interleaved" if placement.order == "interleaved" and len(placement.groups) > 1 else kind
 
 
 def _kinds(group: Group) -> list[int]:
@@ -257,100 +269,46 @@ def averaging(placement: Placement, load: Load, cluster: Cluster) -> tuple[int, 
     return inside, between
 
 
-def exchanged(
-    placement: Placement, load: Load, cluster: Cluster, shares: Sequence[_Shares] | None = None
-) -> tuple[int, int, int]:
-    """Bytes of the signals of a step within nodes and between them, of all ranks, and what the rank that gets most
-    gets in the largest micro-batch; the way back counted as often as the way there."""
+@dataclass(frozen=True)
+class Exchanged:
+    """The exchanges of a step, of all ranks; the way back counted as often as the way there."""
+
+    inside: int
+    """Bytes within nodes, and"""
+    between: int
+    """between them."""
+    seconds: float
+    hierarchical: bool
+    """Whether in two levels."""
+
+
+def exchanged(placement: Placement, load: Load, cluster: Cluster, shares: Sequence[_Shares] | None = None) -> Exchanged:
+    """What a step exchanges, in one level or, where that is foretold to be faster, in two."""
     if load.shown is None:
-        return 0, 0, 0
-    inside = between = most = 0
+        return Exchanged(0, 0, 0.0, False)
+    placement = replace(placement, per_node=cluster.per_node)
     shares = shares or _shares(placement, load)
-    group_of = {rank: g for g, group in enumerate(placement.groups) for rank in group.ranks}
-    wide_of, labels = load.everywhere or {}, NUMBERS_OF_A_ROW if load.everywhere else 0
-    near = [sum(load.shown.get(k, 0) for k in group.peers) for group in placement.groups]
-    wide = [sum(wide_of.get(k, 0) for k in group.peers) for group in placement.groups]
+    flat = _in(placement, load, cluster, shares, hierarchical=False)
+    if not flat.between or (len(placement.groups) < 3 and not load.everywhere):
+        return flat  # A rank sees no row of another group that a second rank sees too.
+    two = _in(placement, load, cluster, shares, hierarchical=True)
+    return two if two.seconds < flat.seconds and two.between < flat.between else flat
+
+
+def _in(
+    placement: Placement, load: Load, cluster: Cluster, shares: Sequence[_Shares], *, hierarchical: bool
+) -> Exchanged:
+    assert load.shown is not None
+    inside = between = 0
+    seconds = 0.0
     for micro in range(load.parts):
-        rows = [share[micro].rows for share in shares]
-        got: Counter[int] = Counter()
-        if gathers(placement, shares[0][micro], everywhere=bool(load.everywhere)):
-            own = [0] if len(placement.groups) == 1 else near
-            longest = len(rows[0]) * max(a + b + labels for a, b in zip(own, wide, strict=True)) * load.wire
-            if load.everywhere:
-                a, b = _to_all(dict.fromkeys(range(placement.world), longest), cluster, got)
-            else:
-                a, b = _among(placement, longest, cluster, got)
-        else:
-            a, b = _common(placement, rows, near, cluster, load.wire, got)
-            if load.everywhere:
-                sizes = {r: len(rows[r]) * wide[group_of[r]] * load.wire for r in range(placement.world)}
-                of_groups = [{r: len(rows[r]) * labels * load.wire for r in group.ranks} for group in placement.groups]
-                for each in (sizes, *of_groups):
-                    more = _to_all(each, cluster, got)
-                    a, b = a + more[0], b + more[1]
-        inside, between, most = inside + a, between + b, max(most, max(got.values(), default=0))
+        own = [share[micro] for share in shares]
+        each = traffic_of_all(placement, own, load.shown, load.everywhere, load.wire, hierarchical=hierarchical)
+        across = sum(got.across for got in each)
+        inside, between = inside + sum(got.received for got in each) - across, between + across
+        seconds += cluster.exchange(each, twice=hierarchical)
     ways = 1 + load.comes_back
-    return ways * inside, ways * between, most
-
-
-def _among(placement: Placement, size: int, cluster: Cluster, got: Counter[int]) -> tuple[int, int]:
-    """Every rank gets `size` from each other that sees its rows, in an even placement."""
-    found = [0, 0]
-    for ranks in zip(*(group.ranks for group in placement.groups), strict=True):
-        for rank, other in itertools.permutations(ranks, 2):
-            found[cluster.node(rank) != cluster.node(other)] += size
-            got[rank] += size
-    return found[0], found[1]
-
-
-def _to_all(sizes: Mapping[int, int], cluster: Cluster, got: Counter[int]) -> tuple[int, int]:
-    """Every one of some ranks gets what each other one has for all."""
-    nodes: Counter[int] = Counter()
-    members: Counter[int] = Counter()
-    for rank, size in sizes.items():
-        nodes[cluster.node(rank)] += size
-        members[cluster.node(rank)] += 1
-    whole = sum(sizes.values())
-    for rank, size in sizes.items():
-        got[rank] += whole - size
-    inside = sum(size * (members[node] - 1) for node, size in nodes.items())
-    return inside, whole * (len(sizes) - 1) - inside
-
-
-def _common(
-    placement: Placement,
-    rows: Sequence[range],
-    near: Sequence[int],
-    cluster: Cluster,
-    wire: int,
-    got: Counter[int],
-) -> tuple[int, int]:
-    """Every rank gets the rows that it sees too from the ranks of each other group. Within a group rows ascend."""
-    found = [0, 0]
-    starts = [[rows[rank].start for rank in group.ranks] for group in placement.groups]
-    for g, group in enumerate(placement.groups):
-        for h, other in enumerate(placement.groups):
-            if g == h or not near[h]:
-                continue
-            for rank in group.ranks:
-                mine = rows[rank]
-                for at in range(max(0, bisect.bisect_right(starts[h], mine.start) - 1), len(other.ranks)):
-                    sender = other.ranks[at]
-                    if rows[sender].start >= mine.stop:
-                        break
-                    size = len(overlap(mine, rows[sender])) * near[h] * wire
-                    found[cluster.node(rank) != cluster.node(sender)] += size
-                    got[rank] += size
-    return found[0], found[1]
-
-
-def _exchange_spans(placement: Placement, load: Load, cluster: Cluster) -> bool:
-    if load.everywhere:
-        return cluster.node(placement.world - 1) > 0
-    return any(
-        len({cluster.node(rank) for rank in placement.of(rank).exchange_ranks}) > 1
-        for rank in placement.groups[0].ranks[: 4 * cluster.per_node]
-    )
+    return Exchanged(ways * inside, ways * between, ways * seconds, hierarchical)
 
 
 def _decoding(shares: Sequence[_Shares], load: Load, cluster: Cluster) -> float:

@@ -18,9 +18,9 @@ from tests.engine.stepping import cohort_in_double, config_of, do_steps, joined,
 from tests.worlds import run_world
 
 
-def _trained(config: RunConfig) -> dict[str, Tensor]:
+def _trained(config: RunConfig, per_node: int | None = None) -> dict[str, Tensor]:
     """All that this rank holds after three steps."""
-    cohort = cohort_in_double(config)
+    cohort = cohort_in_double(config, per_node)
     averages = {k: r.ema.module for k, r in cohort.residents.items() if r.ema is not None}
     for module in (*(r.peer for r in cohort.residents.values()), *averages.values(), cohort.shared):
         for layer in module.modules():
@@ -41,14 +41,20 @@ def _peers(*widths: int) -> list[dict[str, Any]]:
 
 
 def _assert_equal_everywhere(
-    method: dict[str, Any], peers: Sequence[dict[str, Any]], worlds: Sequence[tuple[int, dict[str, Any]]], **rest: Any
+    method: dict[str, Any],
+    peers: Sequence[dict[str, Any]],
+    worlds: Sequence[tuple[int, dict[str, Any]]],
+    per_node: int | None = None,
+    **rest: Any,
 ) -> None:
-    """Compares worlds with one rank alone. What travels after a step, as in dcl, is rounded to float32 on its way."""
+    """Compares worlds, in nodes of `per_node` ranks, with one rank alone. What travels after a step, as in dcl, is
+    rounded to float32 on its way."""
     limit = 1e-7 if method["name"] in ("dcl", "codistillation") else 1e-11
     [alone] = run_world(1, _trained, config_of(method, list(peers), placement={"kind": "colocated"}, **rest))
     for ranks, placement in worlds:
         placement = {"kind": "balanced", **placement}
-        found = joined(run_world(ranks, _trained, config_of(method, list(peers), placement=placement, **rest)))
+        config = config_of(method, list(peers), placement=placement, **rest)
+        found = joined(run_world(ranks, _trained, config, per_node))
         assert found.keys() == alone.keys()
         for name, x in alone.items():
             difference = (found[name] - x).norm() / x.norm().clamp_min(torch.finfo(torch.float64).tiny)
@@ -118,3 +124,19 @@ def test_even_placements_take_batches_that_do_not_divide() -> None:
     _assert_equal_everywhere(
         {"name": "pcl"}, _peers(4, 4), placements, data={"global_batch": 23}, train={"epochs": 2, "accumulation": 2}
     )
+
+
+IN_TWO = {"ranks": {"p0": 2, "p1": 1, "p2": 3}, "exchange": "hierarchical"}
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [
+        ({"name": "dml"}, 17),  # constants
+        ({"name": "mcl"}, 22),  # everywhere, and gradients come back
+        pytest.param({"name": "lmcl", "meta_interval": 2}, 22, marks=pytest.mark.slow),  # and their gradients too
+    ],
+)
+def test_exchanges_in_two_levels_change_no_number(method: dict[str, Any], rows: int) -> None:
+    """Three nodes of two ranks: (0, 0), (1, 2), (2, 2)."""
+    _assert_equal_everywhere(method, _peers(4, 8, 4), [(6, IN_TWO)], per_node=2, data={"global_batch": rows})

@@ -13,7 +13,8 @@ from engine.ranks.collectives import all_to_all_with_gradient, group_of
 from engine.ranks.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.ranks.planning.choosing import balanced
-from engine.ranks.routes import NUMBERS_OF_A_ROW, route, traffic
+from engine.ranks.routes import NUMBERS_OF_A_ROW, route
+from engine.ranks.traffic import traffic
 from tests.engine.ranks.test_exchange import (
     BF16,
     CLASS_IDS,
@@ -30,7 +31,7 @@ from tests.worlds import run_world
 ROWS = 11
 
 
-def _value(peer: int, rows: Tensor, width: int) -> Tensor:
+def value(peer: int, rows: Tensor, width: int) -> Tensor:
     """Of peer k, row n, column c: 100 k + n + c / 8, which bf16 does not hold and float32 does."""
     return (100.0 * peer + rows)[:, None] + torch.arange(width) / 8
 
@@ -40,7 +41,7 @@ def _shown(counts: list[int], everywhere: list[str], wire: torch.dtype, mode: st
     exchange = Exchange(placement, group_of(placement.exchange_ranks), wire)
     [share] = placement.cut(ROWS)
     mine = torch.arange(ROWS)[share.rows.start : share.rows.stop]
-    own = {k: {"logits": _value(k, mine, 2 + k), "wide": _value(k, mine, 3)} for k in placement.residents}
+    own = {k: {"logits": value(k, mine, 2 + k), "wide": value(k, mine, 3)} for k in placement.residents}
     labels = (CLASS_IDS[mine], IMAGE_IDS[mine]) if everywhere else None
     asked: dict[str, Any] = {"share": share, "everywhere": everywhere, "labels": labels}
     exchange(own, mode, **asked)  # type: ignore[arg-type]
@@ -66,10 +67,10 @@ def test_each_rank_gets_the_rows_that_it_sees_in_one_call(
         rolled = torch.arange(ROWS).roll(-start)
         for k, peer in enumerate(found):
             for name, width in (("logits", 2 + k), ("wide", 3)):
-                expected = _value(k, mine, width)
+                expected = value(k, mine, width)
                 assert torch.equal(peer[name], expected if k in residents else expected.to(wire).float())
             if everywhere:
-                assert torch.equal(peer["all_wide"], _value(k, rolled, 3).to(wire).float())
+                assert torch.equal(peer["all_wide"], value(k, rolled, 3).to(wire).float())
                 assert torch.equal(peer["all_targets"], CLASS_IDS[rolled])
                 assert torch.equal(peer["all_ids"], IMAGE_IDS[rolled])
         [call] = calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from engine.ranks.planning.planner import (
     predict,
     short,
 )
-from engine.ranks.routes import traffic
+from engine.ranks.traffic import traffic, traffic_of_all
 from tests.engine.stepping import config_of
 
 H100 = GPUS["h100"]
@@ -96,16 +97,16 @@ def test_bytes_are_those_of_the_exchange(case: int, everywhere: bool) -> None:
     widths = {k: 10 + k for k in range(count)}
     wide = {k: 3 + k for k in range(count)} if everywhere else None
     load = Load(peers(*[1.0] * count), batch, parts, unit, shown=widths, everywhere=wide, wire=2)
-    inside, between, most = exchanged(placement, load, Cluster(H100, 2))
-    expected, largest = 0, 0
+    found = exchanged(placement, load, Cluster(H100, 2))
+    expected, across = 0, 0
     for rank, micro in itertools.product(range(placement.world), range(parts)):
-        place = placement.of(rank)
-        found = traffic(place, place.cut(batch, parts, unit)[micro], widths, wide, torch.bfloat16)
-        expected, largest = expected + found.received, max(largest, found.received)
-    assert inside + between == expected
-    assert most == largest
+        place = replace(placement.of(rank), per_node=2)
+        share = place.cut(batch, parts, unit)[micro]
+        each = traffic(place, share, widths, wide, torch.bfloat16, hierarchical=found.hierarchical)
+        expected, across = expected + each.received, across + each.across
+    assert (found.inside, found.between) == (expected - across, across)
     one_node = exchanged(placement, load, Cluster(H100, placement.world))
-    assert one_node[:2] == (expected, 0)
+    assert one_node.between == 0
 
 
 @pytest.mark.parametrize("world", [1, 6, 256, 4096])
@@ -126,7 +127,8 @@ def test_placements_of_thousands_of_ranks(world: int) -> None:
         prediction = predict(placement, load, cluster)
         assert prediction.step > 0
         assert 0 < prediction.efficiency <= 1
-        _, _, most = exchanged(placement, load, cluster)
+        each = traffic_of_all(placement, [placement.of(r).cut(load.batch)[0] for r in range(world)], load.shown or {})
+        most = max(got.received for got in each)
         # A rank gets its own rows of the two other peers and, where it is one of a few, no more than theirs.
         most_rows = max(len(placement.of(group.ranks[0]).cut(load.batch)[0].rows) for group in placement.groups)
         assert most <= (most_rows + 1) * 2 * 1000 * 4 * (1 + (placement.is_even and len(placement.groups) == 2))
@@ -196,3 +198,14 @@ def test_decoding_that_is_behind_is_counted() -> None:
     for shared, late in ((False, 12.0), (True, 0.0)):
         load = Load(peers(1.0, 1.0), 24, decoded=0.5, shared_decode=shared)
         assert predict(Placement.even(2, 1, 4, 0), load, Cluster(H100, 4)).decode == pytest.approx(late)
+
+
+def test_ranks_of_all_peers_on_each_node_decode_less() -> None:
+    """Costs 3 and 1, 24 rows, 6 and 2 ranks on two nodes of 4: 12 s a rank. A rank decodes a row in 4 s. One after
+    another, the second node sees all 24 rows, as it has both ranks of peer 1: 6 rows a rank, 24 s. Interleaved, 3 ranks
+    and 1 of a node see 12 rows each, the same ones: 3 rows a rank, 12 s, as long as the step takes."""
+    load, cluster = Load(peers(3.0, 1.0), 24, decoded=0.25), Cluster(H100, 4)
+    found = {short(each): predict(each, load, cluster) for each in candidates(load, 8, per_node=4)}
+    assert found["balanced (6:2)"].decode == pytest.approx(12)
+    assert found["balanced (6:2), interleaved"].decode == pytest.approx(0)
+    assert found["balanced (6:2), interleaved"].step == pytest.approx(12)
