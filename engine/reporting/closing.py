@@ -28,7 +28,7 @@ def closing(run: Path, seconds: float) -> Iterator[str]:
     steps = checkpoint.steps_on_disk(run)
     kept = f"checkpoint{'s' * (len(steps) > 1)} of step {', '.join(f'{step:,}' for step in steps)}"
     yield f"kept   {run}: config.yaml, metrics.jsonl, table.txt, curves.png, {kept}"
-    yield f"next   python launch/evaluate.py {run} --confusion; python launch/export.py {run}"
+    yield f"next   python launch/evaluate.py {run} --confusion confusion.csv; python launch/export.py {run}"
 
 
 def _pace(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -199,7 +199,7 @@ def test_a_run_ends_with_a_table_and_the_place_of_the_curves(
     )
     files = "config.yaml, metrics.jsonl, table.txt, curves.png"
     assert kept == f"kept   {run}: {files}, checkpoint of step 5"
-    assert after == f"next   python launch/evaluate.py {run} --confusion; python launch/export.py {run}"
+    assert after == f"next   python launch/evaluate.py {run} --confusion confusion.csv; python launch/export.py {run}"
     assert {path.name for path in run.iterdir()} >= {
         *("config.yaml", "starts.json", "metrics.jsonl", "checkpoints", "table.txt", "curves.png"),
     }
