@@ -1,4 +1,4 @@
-"""Whether a network takes images, found without weights and without numbers."""
+"""Whether a network takes images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from models.weightless import weightless
 
 _SIZE_OPTIONS = ("img_size", "image_size")
 
+_SMALL = 64
+"""Pixels up to which a network of ours is tried as it is: quicker than without numbers, for which PyTorch imports its
+compiler first."""
+
+_ENOUGH = 2
+"""Images that a pass has at most: what takes two takes more."""
+
 
 def try_images(
     name: str, options: Mapping[str, Any], *, num_classes: int, in_channels: int, side: int, count: int
 ) -> None:
-    """Makes a forward pass in training mode on shapes alone; the random state stays as it is.
+    """Makes a forward pass in training mode, of large networks on shapes alone; the random state stays as it is.
 
     Args:
         name: as of `create`.
@@ -32,15 +39,15 @@ def try_images(
     Raises:
         ValueError: it takes no such images, or not so few, or gives something else than logits; names what would do.
     """
-    network = _outline(name, options, num_classes, in_channels)
+    network = _outline(name, options, num_classes, in_channels, side)
     reason = _refusal(network, num_classes, in_channels, side, count)
     if reason is None:
         return
     for option in _SIZE_OPTIONS:
         if option in inspect.signature(type(network)).parameters and options.get(option) != side:
-            wanted = {**options, option: side}
             try:
-                fits = _refusal(_outline(name, wanted, num_classes, in_channels), num_classes, in_channels, side, count)
+                wanted = _outline(name, {**options, option: side}, num_classes, in_channels, side)
+                fits = _refusal(wanted, num_classes, in_channels, side, count)
             except ValueError:
                 break
             if fits is None:
@@ -57,14 +64,19 @@ def _usual(network: nn.Module) -> str:
     return f"; it was made for {size[-1]} pixels" if size else ""
 
 
-def _outline(name: str, options: Mapping[str, Any], num_classes: int, in_channels: int) -> nn.Module:
+def _outline(name: str, options: Mapping[str, Any], num_classes: int, in_channels: int, side: int) -> nn.Module:
+    if "/" not in name and side <= _SMALL:
+        with torch.random.fork_rng(devices=[]):
+            return create(name, num_classes, in_channels, **options).train()
     with weightless(name):
         return create(name, num_classes, in_channels, **options).to("meta").train()
 
 
 def _refusal(network: nn.Module, num_classes: int, in_channels: int, side: int, count: int) -> str | None:
     """Why a pass cannot be made; None also where shapes alone do not tell."""
-    images = torch.empty(count, in_channels, side, side, device="meta")
+    device = next((x.device for x in network.parameters()), torch.device("meta"))
+    count = min(count, _ENOUGH)
+    images = torch.zeros(count, in_channels, side, side, device=device)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             given = network(images)

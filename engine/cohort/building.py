@@ -6,23 +6,22 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+from engine.cohort.drop_path import DropPathSchedule
 from engine.cohort.frozen import Frozen, reference
-from engine.cohort.optim import make_optimizer, make_schedule, set_weight_decay
+from engine.cohort.optim import make_optimizer, set_weight_decay
 from engine.cohort.outline import Outline, outline
 from engine.cohort.parameter_groups import Said, said_by
 from engine.cohort.peer import Peer, Resident
 from engine.cohort.randomness import Streams
+from engine.cohort.schedule import Schedule
 from engine.cohort.teacher import Teacher
 from engine.cohort.trunk import Trunk
 from engine.config import OptimizerConfig, RunConfig
@@ -33,6 +32,9 @@ from losses.functional import classifier
 from models.freezing import freeze
 from models.stages import Joined, Taps, cut
 from models.weightless import weightless
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -69,13 +71,13 @@ class Builder:
         self._steps_per_epoch = steps_per_epoch
         self._memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self._of_trunk: Said = {}
-        self.schedules: list[Scheduler] = []
+        self.schedules: list[Schedule | DropPathSchedule] = []
         """Of all optimisers that have been made."""
 
     def outline(self, index: int) -> Outline:
         """What the method may know of a peer, wherever that lives."""
-        copy = partial(self._copy, index)
-        return outline(self._config, index, self._num_classes, self._channels, self._image_size, copy)
+        sizes = self._num_classes, self._channels, self._image_size
+        return outline(self._config, index, *sizes, partial(self._copy, index))
 
     def method(self, outlines: Sequence[Outline]) -> Method:
         """The method, with the modules that all peers share. Raises: ValueError, where it excludes itself."""
@@ -176,8 +178,8 @@ class Builder:
         return self._averaged(module, dist.group.WORLD) if learns else module
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> None:
-        steps = self._config.train.steps(self._steps_per_epoch)
-        self.schedules.append(make_schedule(optimizer, self._config.schedule, steps, self._steps_per_epoch))
+        config, per_epoch = self._config, self._steps_per_epoch
+        self.schedules.append(Schedule(optimizer, config.schedule, config.train.steps(per_epoch), per_epoch))
 
     def _network(self, index: int, *, initial: bool = False) -> nn.Module:
         peer = self._config.cohort[index][1]
@@ -219,8 +221,7 @@ class Builder:
     def _placed(self, module: _M) -> _M:
         module = module.to(self._streams.device, memory_format=self._memory_format)  # type: ignore[call-overload]
         if self._config.train.sync_bn and self._streams.device.type == "cuda":
-            # timm's own: torch's would drop the activation that is part of many of timm's normalisation layers.
-            module = convert_sync_batchnorm(module, self._replica_group)
+            return _synchronised(module, self._replica_group)
         return module
 
     def _averaged(self, module: nn.Module, group: dist.ProcessGroup | None, ignored: Sequence[str] = ()) -> nn.Module:
@@ -239,6 +240,15 @@ class Builder:
         )
 
 
+def _synchronised(module: _M, group: dist.ProcessGroup) -> _M:
+    # timm's own: torch's would drop the activation that is part of many of timm's normalisation layers. Here and below
+    # it is not imported before it is wanted, as that takes seconds.
+    from timm.layers import convert_sync_batchnorm
+
+    synchronised: _M = convert_sync_batchnorm(module, group)
+    return synchronised
+
+
 def turns(config: RunConfig) -> Sequence[Sequence[int]]:
     """The peers that are updated together, turn after turn: all that learn at once, or as the method has it."""
     learn = [peer.learns for _, peer in config.cohort]
@@ -252,6 +262,8 @@ def _average(whole: nn.Module, method: Method, config: RunConfig, device: torch.
     decay, warmup = config.train.ema_decay, config.train.ema_warmup
     if not decay:
         return None
+    from timm.utils import ModelEmaV3
+
     if device.type != "meta":
         return ModelEmaV3(whole, decay=decay, use_warmup=warmup)
     # timm's asks the device for a generator, which meta does not have.

@@ -1,28 +1,32 @@
-"""Optimisers and schedules, from timm, and the update that a non-finite step skips without asking the host."""
+"""Optimisers, under timm's names, and the update that a non-finite step skips without asking the host."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Iterable
 from typing import Any
 
-import timm.optim
 import torch
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
-from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
 from engine.cohort.parameter_groups import GROUPING, Said, parameter_groups
-from engine.config import ConfigError, OptimizerConfig, ScheduleConfig
+from engine.cohort.uncompiled import step, without_compiler
+from engine.config import ConfigError, OptimizerConfig
+
+_OF_TORCH: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"nesterov": True}),
+    "momentum": (torch.optim.SGD, {"nesterov": False}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+}
+"""What the commonest of timm's names stand for. A run of these does not wait for timm to be imported."""
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
     """Refuses what timm does not have. Raises: ConfigError."""
-    names = timm.optim.list_optimizers()
-    if config.name not in names:
+    names = _timm().list_optimizers() if config.name not in _OF_TORCH else ()
+    if config.name not in (*_OF_TORCH, *names):
         near = difflib.get_close_matches(config.name, names, n=3) or ["sgd", "momentum", "adamw", "lamb"]
         raise ConfigError(f"optimizer.name = {config.name!r}: not one of timm's optimisers; nearest: {', '.join(near)}")
     try:
@@ -50,9 +54,20 @@ def check_optimizer(config: OptimizerConfig) -> None:
         raise ConfigError(f"optimizer.options = {config.options}: refused by {config.name}: {error}") from None
 
 
+def _timm() -> Any:
+    # Not before it is wanted: it takes longer to import than torch.
+    import timm.optim
+
+    return timm.optim
+
+
+def _class(name: str) -> Any:
+    return _OF_TORCH[name][0] if name in _OF_TORCH else _timm().get_optimizer_class(name, bind_defaults=False)
+
+
 def _options(name: str) -> list[str]:
     """What `optimizer.options` may hold for one of timm's optimisers; empty where its signature does not say."""
-    parameters = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
+    parameters = inspect.signature(_class(name)).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return []
     ours = {"params", "lr", "weight_decay", "momentum", "fused"}
@@ -62,7 +77,7 @@ def _options(name: str) -> list[str]:
 def fusible(name: str) -> bool:
     """Whether PyTorch has one of timm's optimisers as one kernel, which also reads on the device whether to skip. For
     another the host has to wait for that in every update."""
-    return "fused" in inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
+    return "fused" in inspect.signature(_class(name)).parameters
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig, said: Said | None = None) -> torch.optim.Optimizer:
@@ -78,13 +93,18 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, said: Said | None
     if fusible(config.name):
         # Without numbers there are no fused kernels; those that stand in for them take no flag.
         options["foreach" if any(p.is_meta for p in module.parameters()) else "fused"] = True
-    optimizer = timm.optim.create_optimizer_v2(
-        parameter_groups(module, config, said or {}),
-        opt=config.name,
-        lr=config.lr,
-        momentum=config.momentum,
-        **options,
-    )
+    without_compiler()
+    groups = parameter_groups(module, config, said or {})
+    optimizer: torch.optim.Optimizer
+    if config.name in _OF_TORCH:
+        kind, defaults = _OF_TORCH[config.name]
+        if kind is torch.optim.SGD:
+            options.setdefault("momentum", config.momentum)
+        optimizer = kind(groups, **{"lr": config.lr, "weight_decay": 0.0, **defaults, **options})
+    else:
+        optimizer = _timm().create_optimizer_v2(
+            groups, opt=config.name, lr=config.lr, momentum=config.momentum, **options
+        )
     if isinstance(optimizer, torch.optim.SGD):
         # Fused SGD takes its buffers from uninitialised memory at the first update, and keeps them if that is skipped.
         for group in optimizer.param_groups:
@@ -105,41 +125,6 @@ def set_weight_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.P
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int, steps_per_epoch: int
-) -> Scheduler:
-    """The learning rate as a function of the updates done: `schedule.step_update(step)` before update number `step`.
-
-    Args:
-        optimizer: whose rates it sets.
-        config: what it is like.
-        steps: updates of the run.
-        steps_per_epoch: updates of an epoch, in which milestones and warm-up are counted.
-    """
-    warmup = config.warmup_epochs * steps_per_epoch
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        # A rate without milestones is constant, in every version of timm.
-        sched={"step": "multistep", "constant": "multistep"}.get(config.name, config.name),
-        num_epochs=steps - warmup if config.warmup_prefix else steps,
-        # timm lets the rate fall before update u where u + 1 reaches the milestone. The first update at or after it is
-        # meant; the half keeps rounding from making it the one after.
-        decay_milestones=[
-            math.ceil(round(m * steps_per_epoch, 6)) + 0.5 for m in config.falls(steps / steps_per_epoch)
-        ],
-        decay_rate=config.gamma,
-        min_lr=config.min_lr,
-        warmup_epochs=warmup,
-        warmup_prefix=config.warmup_prefix,
-        warmup_lr=config.warmup_lr,
-        step_on_epochs=False,
-        # Everything above is counted in updates: max_steps need be no whole number of epochs.
-        updates_per_epoch=1,
-    )
-    schedule.step_update(0)
-    return schedule
-
-
 def rate_of(optimizer: torch.optim.Optimizer) -> float:
     """The learning rate of the last layers, which no `layer_decay` lowers."""
     group = optimizer.param_groups[0]
@@ -155,6 +140,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def clip_units(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171, eq. 3), as timm has it: the gradient G_i of a
     unit, a row of a weight or a whole vector, is scaled to at most `factor` times max(|W_i|, 1e-3)."""
+    # Not before it is wanted, as timm is slow to import.
+    from timm.utils.agc import adaptive_clip_grad
+
     adaptive_clip_grad(parameters, factor)
 
 
@@ -176,11 +164,11 @@ def update(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.Gra
     Fused optimisers read the flag on the device. For the others the host has to wait for it.
     """
     if skip.is_meta:
-        optimizer.step()
+        step(optimizer)
     elif scaler.is_enabled():
         scaler.step(optimizer)
     elif getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = skip.reshape(())  # type: ignore[attr-defined]
-        optimizer.step()
+        step(optimizer)
     elif not skip.item():
-        optimizer.step()
+        step(optimizer)

@@ -7,9 +7,9 @@ It is asked before it becomes part of a peer, and before a trunk is cut off it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from typing import Any
 
-import timm.optim
 from torch import nn
 
 from engine.config import ConfigError, OptimizerConfig
@@ -37,28 +37,34 @@ def check_grouping(network: nn.Module, name: str, config: OptimizerConfig) -> No
 
 
 def said_by(network: nn.Module, config: OptimizerConfig) -> Said:
-    """The groups that timm makes of a whole network.
+    """The groups of a whole network, as timm makes them.
 
     Args:
         network: with all its layers, under the names that it gives them.
         config: `decay_norm_and_bias`, `weight_decay` and `options`.
     """
     asked = getattr(network, "no_weight_decay", None)
-    common: dict[str, Any] = {
-        "weight_decay": config.weight_decay,
-        "weight_decay_exclude_1d": not config.decay_norm_and_bias,
-        "no_weight_decay_list": asked() if callable(asked) else (),
-    }
+    never = asked() if callable(asked) else ()
     if "layer_decay" in config.options and says_its_layers(network):
-        groups = timm.optim.param_groups_layer_decay(
+        # A network that says its layers is timm's, which takes long to import where none is.
+        from timm.optim import param_groups_layer_decay
+
+        groups = param_groups_layer_decay(
             network,
+            weight_decay=config.weight_decay,
+            weight_decay_exclude_1d=not config.decay_norm_and_bias,
+            no_weight_decay_list=never,
             layer_decay=config.options["layer_decay"],
             min_scale=config.options.get("layer_decay_min_scale", 0.0),
-            **common,
         )
-    else:
-        groups = timm.optim.param_groups_weight_decay(network, **common)
-    return {p: {k: v for k, v in group.items() if k != "params"} for group in groups for p in group["params"]}
+        return {p: {k: v for k, v in group.items() if k != "params"} for group in groups for p in group["params"]}
+    said = {}
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            left_out = not config.decay_norm_and_bias and (p.ndim <= 1 or name.endswith(".bias"))
+            left_out = left_out or any(fnmatch(name, pattern) for pattern in never)
+            said[p] = {"weight_decay": 0.0 if left_out else config.weight_decay}
+    return said
 
 
 def parameter_groups(module: nn.Module, config: OptimizerConfig, said: Said) -> list[dict[str, Any]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from engine.cohort.frozen import Reference
 from engine.cohort.teacher import Teacher
 from models.stages import Taps
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 
 class Peer(nn.Module):

@@ -54,3 +54,13 @@ def test_help_mentions_all_options_and_exit_codes() -> None:
     said, _ = start("launch/train.py", "--help")
     for word in ("--print-config", "--check", "--keys", "--fresh", "CONFIG", "section.key=value", "Exit codes: 0"):
         assert word in said, word
+
+
+def test_a_run_of_our_networks_waits_for_no_other_library(tmp_path: Path) -> None:
+    """Nor for torch's compiler; of matplotlib, which draws the curves at its end, it has need then."""
+    config = "configs/fashion_mnist/quickstart_dml.yaml"
+    words = ("train.epochs=null", "train.max_steps=1", "peers.0.options.width=4", f"dir={tmp_path / 'run'}")
+    _, imported = start("launch/train.py", config, *words)
+    assert imported == {"torch", "numpy", "pydantic", "PIL", "matplotlib"}
+    _, imported = start("launch/train.py", config, *words, "--check", "--fresh")
+    assert imported == {"torch", "numpy", "pydantic", "PIL", "torch._dynamo"}, "no numbers without the compiler"

@@ -14,10 +14,10 @@ from engine.cohort.optim import (
     check_optimizer,
     gradient_norm,
     make_optimizer,
-    make_schedule,
     set_weight_decay,
     update,
 )
+from engine.cohort.schedule import Schedule
 from engine.config import ConfigError, OptimizerConfig, ScheduleConfig
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -25,7 +25,7 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 def rates(updates: list[int], epochs: int, steps_per_epoch: int, lr: float = 0.1, **schedule: Any) -> list[float]:
     optimizer = make_optimizer(nn.Linear(2, 2), OptimizerConfig(lr=lr))
-    made = make_schedule(optimizer, ScheduleConfig(**schedule), epochs * steps_per_epoch, steps_per_epoch)
+    made = Schedule(optimizer, ScheduleConfig(**schedule), epochs * steps_per_epoch, steps_per_epoch)
     found = []
     for t in updates:
         made.step_update(t)

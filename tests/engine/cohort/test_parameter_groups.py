@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import models
-from engine.cohort.optim import make_optimizer, make_schedule
+from engine.cohort.optim import make_optimizer
 from engine.cohort.parameter_groups import check_grouping, said_by
 from engine.cohort.peer import Peer
+from engine.cohort.schedule import Schedule
 from engine.config import ConfigError, OptimizerConfig, ScheduleConfig
 from models.stages import cut
 
@@ -83,7 +84,7 @@ def test_the_rate_of_a_layer_is_scaled_at_every_update() -> None:
     network = models.create("timm/test_vit", 10, 1, img_size=28)
     config = OptimizerConfig(name="adamw", lr=0.8, options={"layer_decay": 0.5})
     optimizer = make_optimizer(network, config)
-    schedule = make_schedule(optimizer, ScheduleConfig(name="step", milestones=[1.0], gamma=0.5), 2, 1)
+    schedule = Schedule(optimizer, ScheduleConfig(name="step", milestones=[1.0], gamma=0.5), 2, 1)
     scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
     assert scales == [0.5**k for k in range(len(scales) - 1, -1, -1)]
     for step, base in ((0, 0.8), (1, 0.4)):
