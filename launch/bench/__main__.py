@@ -52,6 +52,7 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, help="CPU threads; torch's choice if absent")
     arguments.add_argument("--out", type=Path, metavar="DIR", help="gpu: where rows.jsonl and gpu.md are written")
     arguments.add_argument("--quick", action="store_true", help="only to try the command, where it takes long")
+    arguments.add_argument("--measure", action="store_true", help="placement: foretell from peers that are timed here")
     arguments.add_argument("--cases", nargs="+", metavar="NAME", help="methods, peers: of them; all if absent")
     arguments.add_argument("--peers", type=int, default=2, help="methods: peers of a cohort (default: %(default)s)")
     arguments.add_argument("--classes", type=int, default=100, help="methods: of the images (default: %(default)s)")

@@ -70,7 +70,7 @@ def _measure(options: argparse.Namespace, device: torch.device, launch: Launch) 
     elif options.what == "objective":
         objective(options.rounds, options.steps, device)
     elif options.what == "placement":
-        placing(options.batch, 3 if options.quick else options.rounds, options.steps, launch, device)
+        placing(options, launch, device)
     elif options.what == "checkpoint":
         saving(work, options.rounds, options.steps, options.folder, device, launch)
     elif options.what == "step":
