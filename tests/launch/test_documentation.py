@@ -20,6 +20,8 @@ KEY = re.compile(
     r"\.[a-z_]+(?:\.[a-z_]+)*"
 )
 FILES = (".py", ".md", ".html", ".csv", ".txt", ".png", ".yaml", ".json", ".jsonl", ".npz", ".sbatch")
+MADE = {"losses/agree.py", "models/my_net.py"}
+"""Files that a page has its reader write."""
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -71,4 +73,4 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
     named = re.findall(
         r"(?<![\w/])(?:configs|docs|tests|engine|losses|models|data_pipelines)/[\w/.]+\.(?:yaml|md|py)", text
     )
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert [name for name in named if name not in MADE and not (ROOT / name).exists()] == []
