@@ -1,5 +1,5 @@
-"""Real gloo worlds for tests: ranks are forked from a server that has imported torch once, so a world costs tenths of a
-second."""
+"""Real gloo worlds for tests: ranks are forked from a server that has imported torch once, so a rank costs less than a
+tenth of a second."""
 
 from __future__ import annotations
 
@@ -86,6 +86,8 @@ def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[...,
 
 def _with_process_group(function: Callable[..., Any], *arguments: Any) -> Any:
     start(Launch.from_environment(), torch.device("cpu"))
+    # Whoever has nothing to do and leaves early is missed by those that have not found all others yet.
+    dist.barrier()
     try:
         return function(*arguments)
     finally:
