@@ -16,6 +16,7 @@ import data_pipelines
 import models
 from data_pipelines import DataConfig, Sizes
 from data_pipelines.decoding.choice import choose
+from engine.cohort import side_by_side
 from engine.cohort.drop_path import drop_paths
 from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
@@ -72,6 +73,8 @@ def check_run(
         )
     _check_shared_decode(config, cuda=device.type == "cuda")
     placement = plan(config, launch.world, launch.rank, launch.per_node)
+    if config.train.peer_threads > 1 and (reason := side_by_side.hindrance(config, placement, device)) is not None:
+        raise ConfigError(f"train.peer_threads = {config.train.peer_threads}: {reason}; expected 1")
     _check_reading(config, placement)
     _check_schedule(config, check_data(config))
     _check_stages(config)

@@ -20,6 +20,7 @@ from engine.cohort.drop_path import DropPathSchedule
 from engine.cohort.gradients import scale_gradient
 from engine.cohort.precision import AUTOCAST, autocast, exact_products
 from engine.cohort.randomness import Streams
+from engine.cohort.side_by_side import SideBySide
 from engine.cohort.teacher import Teacher
 from engine.config import ConfigError, RunConfig
 from engine.ranks.collectives import group_of, leave
@@ -60,7 +61,6 @@ class Cohort:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision.amp == "fp16")
         self.autocast = AUTOCAST[config.precision.amp]
         self.streams = Streams(config.seed, placement.num_peers, placement.replica, device)
-
         sizes = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
         sizes |= {"steps_per_epoch": steps_per_epoch}
         builder = Builder(config, placement, self.streams, self.replica_group, initial=initial, **sizes)
@@ -76,6 +76,7 @@ class Cohort:
         self.shared_optimizer = builder.shared_optimizer(self.shared, self.method)
         self.shared_parameters = list(self.shared.parameters())
         self.residents = {k: builder.resident(k, outlines[k], self.method, self.trunk) for k in placement.residents}
+        self.side_by_side = SideBySide.of(config, len(self.residents), device)
         # Whose learning rate is that of this rank, and which keeps up the loss scale, where only frozen peers live.
         self.idle = None if any(r.optimizer for r in self.residents.values()) else builder.idle()
         self._schedules = [*builder.schedules, DropPathSchedule(config.train, self.residents, steps_per_epoch)]

@@ -167,6 +167,12 @@ class TrainConfig(Section):
         "with it",
     )
     accumulation: int = Field(1, ge=1, description="micro-batches of one global batch, one after another on a rank")
+    peer_threads: int = Field(
+        1,
+        ge=1,
+        description="threads that compute the peers of one rank at the same time on a CPU, each with one core; 1: one "
+        "peer after another, each with all cores. The same numbers but for rounding",
+    )
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of each peer; null: no clipping")
     clip_factor: float | None = Field(
         None,

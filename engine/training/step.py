@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,12 @@ def _gradients(
     Yields:
         The learners, the signals of all peers, and the detached terms.
     """
-    own = dict(cohort.forward(batch, progress, micro, range(cohort.placement.num_peers)))
+    forward, side_by_side = partial(cohort.forward, batch, progress, micro), cohort.side_by_side
+    if side_by_side:
+        seed = partial(cohort.streams.before_peer, step=progress.step, micro=micro)
+        own = side_by_side(list(cohort.residents), forward, seed)
+    else:
+        own = dict(forward(range(cohort.placement.num_peers)))
     clock.mark("forward")
     for turn in cohort.turns:
         learners = [k for k in turn if k in cohort.residents]
@@ -108,6 +114,8 @@ def _gradients(
         if terms:
             loss = torch.stack(list(terms.values())).sum() / _parts(cohort, share)
             cohort.scaler.scale(loss).backward()
+            if side_by_side:
+                side_by_side.backward()
         clock.mark("backward")
         yield learners, signals, {key: term.detach() for key, term in terms.items()}
 

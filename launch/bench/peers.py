@@ -42,6 +42,8 @@ class Workload:
     method: Mapping[str, Any] = field(default_factory=lambda: {"name": "dml"})
     """The section `method` of a config."""
     classes: int = CLASSES
+    peer_threads: int = 1
+    """`train.peer_threads` of a config."""
     views: str = "shared"
     """Whether peers see one augmentation of an image, or one each: `data.views` of a config."""
 
@@ -64,7 +66,7 @@ def bench_cohort(work: Workload, device: torch.device, launch: Launch) -> Cohort
             "method": dict(work.method),
             "peers": [{"network": work.network, "copies": work.peers}],
             "data": {"dataset": "fashion_mnist_subset", "global_batch": work.batch, "views": work.views},
-            "train": {"epochs": 1},
+            "train": {"epochs": 1, "peer_threads": work.peer_threads},
             "schedule": {"name": "constant"},
             "precision": {"amp": work.amp, "compile": work.compile},
         }

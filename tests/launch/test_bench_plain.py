@@ -19,7 +19,7 @@ from engine.cohort.outer_step import outer_gradients
 from engine.ranks.collectives import Launch
 from launch.bench.peers import Workload, bench_cohort
 from launch.bench.plain import contrast, objectives
-from launch.bench.plain.comparing import CASES
+from launch.bench.plain.comparing import CASES, print_outer
 from launch.bench.plain.networks import Shape
 from launch.bench.plain.objectives import Objective
 from launch.bench.whole import whole_steps
@@ -161,9 +161,15 @@ def test_methods_are_timed_against_independent_peers() -> None:
 
 
 def test_whole_steps_are_timed_against_the_plain_trainer() -> None:
-    [lines] = run_world(1, printed, "peers", ["dml-4", "lmcl", "lmcl-outer"])
-    assert lines.count(" times as fast (quartiles ") == 5
-    assert "outer step alone" in lines
+    [lines] = run_world(1, printed, "peers", ["dml-4", "kdcl"])
+    assert lines.count(" times as fast (quartiles ") == 2
+
+
+def test_an_outer_step_is_told_from_the_step_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+    print_outer({"ours": [1.0, 1.0], "plain": [2.0, 2.0]}, {"ours": [2.0, 2.0], "plain": [5.0, 5.0]})
+    alone, every = capsys.readouterr().out.splitlines()
+    assert "3.00 times as fast" in alone  # (5 - 2) / (2 - 1)
+    assert "2.02 times as fast" in every  # (2 + 3 / 50) / (1 + 1 / 50)
 
 
 def test_a_case_that_does_not_exist_is_refused() -> None:

@@ -24,6 +24,7 @@ from launch.bench.plain.trainer import MEAN, STD, Trainer, batches
 from launch.bench.turns import Times, quartiles
 
 CLASSES, SIDE = 10, 32
+_THREADS = "ours, a thread a peer"
 _READY_AHEAD = 4
 """Steps whose batches the plain trainer's workers may have prepared while it was not its turn: two for each of two."""
 
@@ -95,17 +96,21 @@ def peers(
             case = replace(CASES[name], network=_SMALL) if quick else CASES[name]
             data = batches(images, labels, case.peers if case.views == "per_peer" else 1, batch, workers)
             plain = Trainer(case.plain(Shape(case.network, CLASSES, SIDE), case.peers), data)
-            ours = _ours(case, batch, Path(folder), device)
+            variants = {"ours": _ours(case, batch, Path(folder), device, 1), "plain": plain.step}
+            threads = torch.get_num_threads()
+            if threads > 1 and not isinstance(plain.objective, objectives.Branched):
+                variants[_THREADS] = _ours(case, batch, Path(folder), device, threads)
             once = 1 if quick or name == "lmcl-outer" else steps
-            found[name] = _in_turn({"ours": ours, "plain": plain.step}, rounds, once)
+            found[name] = _in_turn(variants, rounds, once)
             print_case(name, case, found[name])
-            del plain, ours, data  # its workers end here
+            del plain, variants, data  # its workers end here
         if {"lmcl", "lmcl-outer"} <= found.keys():
             print_outer(found["lmcl"], found["lmcl-outer"])
 
 
-def _ours(case: Case, batch: int, folder: Path, device: torch.device) -> Callable[[], object]:
+def _ours(case: Case, batch: int, folder: Path, device: torch.device, threads: int) -> Callable[[], object]:
     work = Workload(case.network, SIDE, batch, peers=case.peers, method=case.method, classes=CLASSES, views=case.views)
+    work = replace(work, peer_threads=threads)
     cohort = bench_cohort(work, device, Launch(0, 0, 1))
     config = validate(
         {
@@ -152,24 +157,24 @@ def _in_turn(variants: Mapping[str, Callable[[], object]], rounds: int, steps: i
 
 
 def print_case(name: str, case: Case, times: Times) -> None:
-    """A line of the table."""
-    medians = {who: 1000 * statistics.median(measured) for who, measured in times.items()}
-    low, middle, high = quartiles([b / a for a, b in zip(times["ours"], times["plain"], strict=True)])
-    print(
-        f"  {name:15} {case.peers} x {case.network:17} ours {medians['ours']:8.1f} ms, plain {medians['plain']:8.1f}: "
-        f"{middle:.2f} times as fast (quartiles {low:.2f} to {high:.2f})",
-        flush=True,
-    )
+    """A line for each way in which ours goes about it."""
+    for who in times:
+        if who != "plain":
+            _line(f"{name:15} {case.peers} x {case.network:17} {who:22}", times[who], times["plain"])
 
 
 def print_outer(without: Times, outer: Times) -> None:
     """What an outer step alone costs either, and both together with one every 50 steps."""
     alone = {who: [b - a for a, b in zip(without[who], outer[who], strict=True)] for who in without}
     every = {who: [a + x / 50 for a, x in zip(without[who], alone[who], strict=True)] for who in without}
-    for what, each in (("outer step alone", alone), ("one every 50 steps", every)):
-        low, middle, high = quartiles([b / a for a, b in zip(each["ours"], each["plain"], strict=True)])
-        ours, plain = (1000 * statistics.median(each[who]) for who in ("ours", "plain"))
-        print(
-            f"  lmcl, {what:18} ours {ours:8.1f} ms, plain {plain:8.1f}: {middle:.2f} times as fast "
-            f"(quartiles {low:.2f} to {high:.2f})"
-        )
+    _line("lmcl, outer step alone", alone["ours"], alone["plain"])
+    _line("lmcl, one every 50 steps", every["ours"], every["plain"])
+
+
+def _line(what: str, ours: list[float], plain: list[float]) -> None:
+    low, middle, high = quartiles([b / a for a, b in zip(ours, plain, strict=True)])
+    print(
+        f"  {what} {1000 * statistics.median(ours):8.1f} ms, plain {1000 * statistics.median(plain):8.1f}: "
+        f"{middle:.2f} times as fast (quartiles {low:.2f} to {high:.2f})",
+        flush=True,
+    )
