@@ -50,8 +50,8 @@ class Sharing(Protocol):
 
     rows: NDArray[np.int64]
     """Of each global batch, ascending: those that are decoded here."""
-    of_first: bool
-    """Whether a rank of the first group of peers is among those that share: what they meet is counted once then."""
+    counted: NDArray[np.bool_]
+    """Of these, those of which it is counted here if they cannot be read."""
 
     def swap(self, pixels: torch.Tensor, ids: NDArray[np.int64]) -> tuple[torch.Tensor, NDArray[np.int64]]:
         """All ranks that share call this for the same steps in the same order, each in one thread.
@@ -71,6 +71,7 @@ class Pipeline(ABC):
     Attributes:
         sharing: how other ranks decode rows for this one, which whoever opened the data set may say before it is used.
         may_share: whether `sharing` has a meaning.
+        counts: whether this rank counts what it cannot read; not where ranks that read the same do.
         damage: samples that could not be read, where any may be met.
         remarks: what whoever starts a run may want to know of how the data are read.
         num_classes: number of classes.
@@ -91,6 +92,7 @@ class Pipeline(ABC):
 
     sharing: Sharing | None = None
     may_share: bool = False
+    counts: bool = True
     remarks: tuple[str, ...] = ()
     damage: Damage | None = None
     num_classes: int

@@ -41,8 +41,11 @@ class Damage:
         self._new: Counter[Damaged] = Counter()
         self._paths: dict[str, set[str]] = {split: set() for split in sizes}
 
-    def tell(self, damaged: Damaged) -> None:
+    def tell(self, damaged: Damaged, *, counts: bool = True) -> None:
         """Counts a sample that is shown as another, or counted as wrong.
+
+        Args:
+            counts: whether this is a meeting that no other rank counts, and that has not been counted yet.
 
         Raises:
             DataError: the run is to end at the first, or there are too many.
@@ -50,7 +53,7 @@ class Damage:
         if self._on_error == "raise":
             raise DataError(f"{damaged.path}: {damaged.reason}. {FETCH}")
         with self._lock:
-            self._new[damaged] += 1
+            self._new[damaged] += counts
         self.check([damaged])
 
     def check(self, found: Iterable[Damaged]) -> None:

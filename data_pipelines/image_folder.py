@@ -100,9 +100,11 @@ class ImageFolder(Pipeline):
             self._idle.clear()  # Images of the size of before are not shown again.
         sharing = self.sharing
         decoded: Rows = rows if sharing is None else sharing.rows
+        largest = len(np.arange(size)[decoded])
+        counted = np.full(largest, self.counts) if sharing is None else sharing.counted
 
         def prepare(step: int, broken: frozenset[int]) -> _Prepared:
-            read = self._train.read(samples[step, decoded], self._sampling.trained_on, broken)
+            read = self._train.read(samples[step, decoded], self._sampling.trained_on, counted, broken)
             sizes = read.sizes
             uniforms = (order.augmentation(self._seed, epoch, step, size, windows.COLUMNS, view) for view in views)
             draws = [windows.crop_draws(each, area, ratio)[decoded] for each in uniforms]
@@ -119,14 +121,12 @@ class ImageFolder(Pipeline):
             pixels, ids = sharing.swap(pixels, ids)
             return replace(prepared, targets=self._train.source.labels[ids]), [pixels], ids
 
-        largest = len(np.arange(size)[decoded])
         # A photo of several views is decoded once, and then as a whole. A window is decoded without the colours beyond
         # its edges, so a rank that asks for one view where others ask for more has to decode the whole as well.
         whole = self._config.views == "per_peer"
         plan = Plan(largest, len(views), whole, side, self._config.image.interpolation == "bicubic")
-        return self._batches(
-            self._train, prepare, range(first_step, self.steps_per_epoch), plan, swap if sharing else None
-        )
+        steps = range(first_step, self.steps_per_epoch)
+        return self._batches(self._train, prepare, steps, plan, counted, swap if sharing else None)
 
     def evaluate(self, part: int, parts: int, batch: int) -> Iterator[Batch]:
         """See :meth:`data_pipelines.contract.Pipeline.evaluate`."""
@@ -143,10 +143,15 @@ class ImageFolder(Pipeline):
 
     def _as_they_are(self, files: Reader, samples: NDArray[np.int64], mine: range, batch: int) -> Iterator[Batch]:
         """The samples at the places `mine`, in order, without augmentation."""
+        counted = np.full(batch, self.counts)
 
         def prepare(begin: int, broken: frozenset[int]) -> _Prepared:
             ids = samples[begin : min(begin + batch, mine.stop)]
-            read = files.read(ids, samples, broken) if files is self._train else files.read_as_they_are(ids, broken)
+            here = counted[: len(ids)]
+            if files is self._train:
+                read = files.read(ids, samples, here, broken)
+            else:
+                read = files.read_as_they_are(ids, here, broken)
             sizes = read.sizes
             scaled, cuts = windows.validation_windows(sizes, self._config.image.resize, self.image_size)
             corners, shapes, flips = 0 * sizes[:, None], sizes[:, None], np.zeros((len(ids), 1), np.int32)
@@ -154,7 +159,7 @@ class ImageFolder(Pipeline):
             return _Prepared(work, np.where(read.readable, files.source.labels[read.ids], -1), None)
 
         plan = Plan(batch, 1, False, self.image_size, self._config.image.for_validation == "bicubic")
-        return self._batches(files, prepare, range(mine.start, mine.stop, batch), plan)
+        return self._batches(files, prepare, range(mine.start, mine.stop, batch), plan, counted)
 
     def close(self) -> None:
         """See :meth:`data_pipelines.contract.Pipeline.close`."""
@@ -168,13 +173,15 @@ class ImageFolder(Pipeline):
         prepare: Callable[[int, frozenset[int]], _Prepared],
         steps: range,
         plan: Plan,
+        counted: NDArray[np.bool_],
         swap: "Callable[[_Found], _Found] | None" = None,
     ) -> Iterator[Batch]:
         if not steps:
             return
 
-        def tell(index: int, size: int) -> None:
-            files.tell(index, f"expected a whole image, found {size} bytes that cannot be decoded")
+        def tell(row: int, index: int, size: int) -> None:
+            reason = f"expected a whole image, found {size} bytes that cannot be decoded"
+            files.tell(index, reason, counts=bool(counted[row]))
 
         # Building one takes a second or two on a GPU. One is of a single pass at a time: training may pause for an
         # evaluation, with batches in flight.

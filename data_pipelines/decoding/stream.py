@@ -34,14 +34,14 @@ class Stream(Generic[_Prepared]):
         make: builds a decoder for a plan.
         decoder: the first one, none of whose batches is on its way; afterwards the last one.
         prepare: makes a step's batch without the samples that are named, which cannot be decoded.
-        tell: takes the id and the size in bytes of such a sample, and may raise.
+        tell: takes the place in its batch, the id and the size in bytes of such a sample, and may raise.
     """
 
     plan: Plan
     make: Callable[[Plan], Decoder]
     decoder: Decoder
     prepare: Callable[[int, frozenset[int]], _Prepared]
-    tell: Callable[[int, int], None]
+    tell: Callable[[int, int, int], None]
 
     def __call__(
         self, pool: ThreadPoolExecutor, steps: range
@@ -80,7 +80,7 @@ class Stream(Generic[_Prepared]):
             while more := self._broken(prepared.work):
                 found = True
                 for index in more:
-                    self.tell(int(prepared.work.ids[index]), prepared.work.encoded[index].size)
+                    self.tell(index, int(prepared.work.ids[index]), prepared.work.encoded[index].size)
                 broken |= {int(prepared.work.ids[index]) for index in more}
                 prepared = self.prepare(step, broken)
             self._pending[place] = (step, prepared)

@@ -40,35 +40,49 @@ class Reader:
         self.source, self._split, self._damage = source, split, damage
         self._sizes = np.zeros((len(source), 2), np.int32)
 
-    def tell(self, index: int, reason: str) -> None:
+    def tell(self, index: int, reason: str, *, counts: bool) -> None:
         """Tells that a sample cannot be used. Raises: DataError, where the run is to end for it."""
-        self._damage.tell(Damaged(self._split, self.source.place(index), reason))
+        self._damage.tell(Damaged(self._split, self.source.place(index), reason), counts=counts)
 
-    def read(self, ids: NDArray[np.int64], among: NDArray[np.int64], broken: frozenset[int] = frozenset()) -> Read:
+    def read(
+        self,
+        ids: NDArray[np.int64],
+        among: NDArray[np.int64],
+        counted: NDArray[np.bool_],
+        broken: frozenset[int] = frozenset(),
+    ) -> Read:
         """Reads samples to train on. One that cannot be read is replaced by the next of its class that can, the last
         one by the first: by a rule of the id alone, so that all ranks replace alike.
 
         Args:
             ids: which, int64 [n].
             among: what may take their places, ascending, int64.
-            broken: those that are there and cannot be decoded; whoever found that has told of it.
+            counted: of which of them it is counted if they cannot be read, [n].
+            broken: those that are there and cannot be decoded; whoever found that has told of it. Where there are any,
+                the samples are read again, and nothing is counted a second time.
 
         Raises:
             DataError: nothing of a class can be read, or the run is to end for what cannot.
         """
-        read = [self._or_next(int(index), among, broken) for index in ids]
+        counted = counted & (not broken)
+        each = zip(ids.tolist(), counted.tolist(), strict=True)
+        read = [self._or_next(index, among, broken, counts) for index, counts in each]
         used = np.array([index for index, _ in read], np.int64)
         return Read(used, [encoded for _, encoded in read], self._sizes[used].astype(np.int64), np.ones(len(ids), bool))
 
-    def read_as_they_are(self, ids: NDArray[np.int64], broken: frozenset[int] = frozenset()) -> Read:
-        """Reads samples of which each is wanted once; something grey stands in for one that cannot be read.
+    def read_as_they_are(
+        self, ids: NDArray[np.int64], counted: NDArray[np.bool_], broken: frozenset[int] = frozenset()
+    ) -> Read:
+        """Reads samples of which each is wanted once; something grey stands in for one that cannot be read. See `read`
+        for `counted` and `broken`.
 
         Raises:
             DataError: the run is to end for it.
         """
         encoded, sizes, readable = [], np.empty((len(ids), 2), np.int64), np.ones(len(ids), bool)
+        counted = counted & (not broken)
         for row, index in enumerate(ids):
-            found = None if int(index) in broken else self._told(int(index))
+            found = None if int(index) in broken else self._told(int(index), counts=bool(counted[row]))
             if found is None:
                 found, sizes[row] = stand_in()
                 readable[row] = False
@@ -77,27 +91,29 @@ class Reader:
             encoded.append(found)
         return Read(ids, encoded, sizes, readable)
 
-    def _or_next(self, wanted: int, among: NDArray[np.int64], broken: frozenset[int]) -> tuple[int, NDArray[np.uint8]]:
-        if wanted not in broken and (encoded := self._told(wanted)) is not None:
+    def _or_next(
+        self, wanted: int, among: NDArray[np.int64], broken: frozenset[int], counts: bool
+    ) -> tuple[int, NDArray[np.uint8]]:
+        if wanted not in broken and (encoded := self._told(wanted, counts=counts)) is not None:
             return wanted, encoded
         label = self.source.labels[wanted]
         kin = among[self.source.labels[among] == label]
         after = np.searchsorted(kin, wanted, side="right")
         for index in np.roll(kin, -after).tolist():
-            if index != wanted and index not in broken and (encoded := self._told(index)) is not None:
+            if index != wanted and index not in broken and (encoded := self._told(index, counts=counts)) is not None:
                 return index, encoded
         raise DataError(
             f"{self.source.place_of_class(int(label))}: expected at least one image that can be read, found "
             f"{len(kin)} that cannot. {FETCH}"
         )
 
-    def _told(self, index: int) -> NDArray[np.uint8] | None:
+    def _told(self, index: int, *, counts: bool) -> NDArray[np.uint8] | None:
         """The bytes of a sample; None where they are no image, which is told."""
         try:
             content = self.source.read(index)
             if not self._sizes[index, 0]:
                 self._sizes[index] = measured(content)
         except UnreadableError as error:
-            self.tell(index, str(error))
+            self.tell(index, str(error), counts=counts)
             return None
         return np.frombuffer(content, np.uint8)

@@ -31,15 +31,10 @@ def tell_damage(pipeline: Pipeline, placement: Placement, folder: Path, say: Cal
     """
     if pipeline.damage is None:
         return
-    # All groups of peers read the same rows; where ranks of a node decode for each other, each reads a share.
-    own = placement.group == 0
-    shared = own if pipeline.sharing is None else pipeline.sharing.of_first
-    gathered = _gathered((own, shared, pipeline.damage.take()))
     met: dict[Damaged, int] = {}
-    for first, of_first, found in gathered:
+    for found in _gathered(pipeline.damage.take()):
         for damaged, times in found.items():
-            counts = of_first if damaged.split == "train" else first
-            met[damaged] = met.get(damaged, 0) + times * counts
+            met[damaged] = met.get(damaged, 0) + times
     if met and placement.rank == 0:
         say(_written(folder / NAME, met))
     pipeline.damage.check(met)

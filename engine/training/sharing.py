@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,11 @@ Rows = NDArray[np.int64]
 
 def share_decoding(config: RunConfig, placement: Placement, pipeline: Pipeline) -> None:
     """Has a pipeline decode this rank's share of the rows that ranks of its node need. All ranks of the world call
-    this, before any other group of ranks is made."""
+    this, before any other group of ranks is made.
+
+    Whoever decodes a row for the rank of the first group of peers that has it counts it if it cannot be read: each row
+    is one such rank's."""
+    pipeline.counts = placement.group == 0
     if placement.world == 1 or config.data.dataset not in PHOTOS or config.data.shared_decode == "off":
         return
     everyone: list[Any] = [None] * placement.world
@@ -40,8 +44,16 @@ def share_decoding(config: RunConfig, placement: Placement, pipeline: Pipeline) 
     if len(ranks) == 1 or not all(len(rows) for rows in decoded.values()):
         return
     group: Any = dist.new_group(ranks, FIRST_STEP_TIMEOUT, backend="gloo", use_local_synchronization=True)
-    of_first = any(placement.of(rank).group == 0 for rank in ranks)
-    pipeline.sharing = Sharing(placement.rank, wanted, decoded, group, of_first=of_first)
+    counted = counted_of(placement, ranks, wanted, decoded[placement.rank])
+    pipeline.sharing = Sharing(placement.rank, wanted, decoded, group, counted)
+
+
+def counted_of(
+    placement: Placement, ranks: Sequence[int], wanted: Mapping[int, Rows], decoded: Rows
+) -> NDArray[np.bool_]:
+    """Of which of the rows that a rank decodes for some ranks it is counted there if they cannot be read."""
+    first = [wanted[rank] for rank in ranks if placement.of(rank).group == 0]
+    return np.isin(decoded, np.concatenate([*first, np.empty(0, np.int64)]))
 
 
 def related(wanted: Mapping[int, Rows]) -> dict[int, list[int]]:
@@ -101,7 +113,7 @@ class Sharing:
         wanted: rows of a batch that each rank of the group needs, ascending.
         decoded: those that each decodes, ascending.
         group: of these ranks, on gloo.
-        of_first: whether a rank of the first group of peers is one of them.
+        counted: see `data_pipelines.contract.Sharing.counted`.
     """
 
     def __init__(
@@ -110,10 +122,9 @@ class Sharing:
         wanted: Mapping[int, Rows],
         decoded: Mapping[int, Rows],
         group: dist.ProcessGroup | None,
-        *,
-        of_first: bool,
+        counted: NDArray[np.bool_],
     ) -> None:
-        self._group, self.of_first = group, of_first
+        self._group, self.counted = group, counted
         others = sorted(decoded)
         self.rows = decoded[rank]
         own = np.intersect1d(wanted[rank], self.rows)

@@ -127,7 +127,8 @@ def test_ranks_and_places_to_go_on_from_show_the_same_with_bad_samples_among_the
         for rank in range(case["ranks"]):
             part = order.part(case["batch"], rank, case["ranks"])
             reader = Reader(_Held(labels, case["bad"]), "train", Damage("replace", 1.0, {"train": len(labels)}))
-            seen += reader.read(drawn[step, part.start : part.stop], among).ids.tolist()
+            wanted = drawn[step, part.start : part.stop]
+            seen += reader.read(wanted, among, np.ones(len(wanted), bool)).ids.tolist()
         assert seen == [shown(int(i)) for i in drawn[step]]
 
 
@@ -139,7 +140,8 @@ def test_evaluation_counts_each_sample_once(case: dict[str, Any], batch: int) ->
         reader = Reader(_Held(case["labels"], case["bad"]), "val", Damage("replace", 1.0, {"val": size}))
         part = order.part(size, rank, case["ranks"])
         for begin in range(part.start, part.stop, batch):
-            read = reader.read_as_they_are(np.arange(begin, min(begin + batch, part.stop)))
+            ids = np.arange(begin, min(begin + batch, part.stop))
+            read = reader.read_as_they_are(ids, np.ones(len(ids), bool))
             seen += read.ids.tolist()
             wrong |= set(read.ids[~read.readable].tolist())
     assert seen == list(range(size))

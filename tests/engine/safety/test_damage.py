@@ -81,6 +81,20 @@ def test_ranks_do_not_change_the_numbers_and_all_is_told(photos: Path, tmp_path:
     assert told["alone"][2]["times"] == 2  # of as many evaluations
 
 
+def test_uneven_ranks_that_decode_for_each_other_count_held_out_photos_once(photos: Path, tmp_path: Path) -> None:
+    """Two surveys of 13 held-out photos, and two epochs of the rest: each damaged one is met by turns in either."""
+    told = []
+    for name, (ranks, kind) in {"alone": (1, "colocated"), "uneven": (3, "balanced")}.items():
+        config = _run(photos, tmp_path / name, placement={"kind": kind})
+        raw = config.model_dump(mode="json") | {"method": {"name": "kdcl", "ensemble": "general"}}
+        raw["data"] |= {"held_out": 0.5}
+        raw["train"] |= {"epochs": 3}
+        run_ranks(ranks, _here, RunConfig.model_validate(raw))
+        told.append(json.loads((tmp_path / name / "damaged.json").read_text()))
+    assert told[0] == told[1]
+    assert {entry["split"] for entry in told[0]} == {"train", "val"}
+
+
 def test_a_killed_run_ends_with_the_same_bits(photos: Path, tmp_path: Path) -> None:
     sections: dict[str, Any] = {"checkpoint": {"every_steps": 2}, "train": {"epochs": 3}}
     run_ranks(2, _here, _run(photos, tmp_path / "undisturbed", **sections))

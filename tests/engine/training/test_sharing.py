@@ -18,7 +18,8 @@ from engine.config.loading import validate
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch
 from engine.ranks.placement import Group, Placement
-from engine.training.sharing import related, share_decoding, shares
+from engine.ranks.planning.choosing import balanced
+from engine.training.sharing import counted_of, related, share_decoding, shares
 from tests.data_pipelines.files import write_photos
 from tests.engine.stepping import config_of
 from tests.runs import assert_same_weights, small_run, train_here, weights
@@ -158,6 +159,26 @@ def test_shares_of_a_node_are_even_and_whole(world: int) -> None:
         assert {len(rows) for rows in found.values()} == {64}
         others = related(wanted)
         assert {len(ranks) for ranks in others.values()} == {len(placement.groups)}
+
+
+NODES = [(balanced([3.0, 1.0], 8, 0), 4), (balanced([1.0, 1.0, 2.0], 9, 0), 3), (Placement.even(2, 1, 8, 0), 4)]
+
+
+@pytest.mark.parametrize("case", range(len(NODES)))
+def test_each_row_is_counted_by_one_rank_of_the_world(case: int) -> None:
+    """Several nodes may decode a row, where ranks on them see it."""
+    placement, per_node = NODES[case]
+    world, batch = placement.world, 90
+    counted, decodings = np.zeros(batch, int), np.zeros(batch, int)
+    for begin in range(0, world, per_node):
+        here = range(begin, begin + per_node)
+        wanted = {rank: np.arange(batch)[placement.of(rank).rows(batch)] for rank in here}
+        for rank, ranks in related(wanted).items():
+            decoded = shares({each: wanted[each] for each in ranks})[rank]
+            decodings[decoded] += 1
+            counted[decoded[counted_of(placement, ranks, wanted, decoded)]] += 1
+    assert counted.tolist() == [1] * batch
+    assert decodings.max() > 1
 
 
 @pytest.mark.parametrize(
