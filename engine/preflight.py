@@ -21,6 +21,7 @@ from engine.cohort.drop_path import drop_paths
 from engine.cohort.optim import check_optimizer
 from engine.cohort.outline import looks_at_stages, outline
 from engine.cohort.parameter_groups import check_grouping
+from engine.cohort.together import hindrance
 from engine.config import ConfigError, PeerConfig, RunConfig
 from engine.config.identity import completed, differences, identity, is_doubtful
 from engine.config.loading import load_run
@@ -75,6 +76,8 @@ def check_run(
     placement = plan(config, launch.world, launch.rank, launch.per_node)
     if config.train.peer_threads > 1 and (reason := side_by_side.hindrance(config, placement, device)) is not None:
         raise ConfigError(f"train.peer_threads = {config.train.peer_threads}: {reason}; expected 1")
+    if config.train.batch_peers == "on" and (reason := hindrance(config, placement)) is not None:
+        raise ConfigError(f"train.batch_peers = on: {reason}; expected off or auto")
     _check_reading(config, placement)
     _check_schedule(config, check_data(config))
     _check_stages(config)

@@ -42,6 +42,7 @@ from engine.safety.rollback import GoBack
 from engine.safety.saving import NotSavedError, Saver
 from engine.safety.spikes import LossWatch
 from engine.start import Claim, claim, open_together
+from engine.training.batching import settle_batching
 from engine.training.consistency import check_same_rows, check_same_weights
 from engine.training.due import Due, due
 from engine.training.evaluation import evaluate_cohort, survey
@@ -199,11 +200,12 @@ class _Run:
         self._alert = self.tracker.alert if self.tracker else None
         self._told: Told = frozenset()
         self._spiking, self._begin = False, self.step
-        say = self.tracker.say if self.tracker else _say_nothing
-        self.saver = Saver(config.folder, self.cohort, say, held.check, held.mark)
+        self._say = self.tracker.say if self.tracker else _say_nothing
+        self.saver = Saver(config.folder, self.cohort, self._say, held.check, held.mark)
         self._scored = last_evaluation(config.folder)
         if self.step < self.steps:
-            settle(self.cohort, self._progress, say)
+            settle(self.cohort, self._progress, self._say)
+            settle_batching(self.cohort, self._progress, config.folder, self._say, going_on=self.step > 0)
         self.clock = Clock(device)
         self._aside = ""
         self._stop = torch.zeros(1, device=device)
@@ -295,8 +297,7 @@ class _Run:
             if keeps and (self.best is None or top1 > self.best.top1):
                 self.best, save = Best(self.step, top1), True
         if now.ends_epoch or now.score or self.stopped_by:
-            say = self.tracker.say if self.tracker else _say_nothing
-            tell_damage(self.pipeline, self.placement, self.config.folder, say)
+            tell_damage(self.pipeline, self.placement, self.config.folder, self._say)
         if save and keeps:
             self._aside = "checkpoint"
             standing = Standing(

@@ -22,6 +22,7 @@ from engine.cohort.precision import AUTOCAST, autocast, exact_products
 from engine.cohort.randomness import Streams
 from engine.cohort.side_by_side import SideBySide
 from engine.cohort.teacher import Teacher
+from engine.cohort.together import Together, alike, hindrance
 from engine.config import ConfigError, RunConfig
 from engine.ranks.collectives import group_of, leave
 from engine.ranks.exchange import Exchange
@@ -77,6 +78,8 @@ class Cohort:
         self.shared_parameters = list(self.shared.parameters())
         self.residents = {k: builder.resident(k, outlines[k], self.method, self.trunk) for k in placement.residents}
         self.side_by_side = SideBySide.of(config, len(self.residents), device)
+        self.together = compute_together(self) if config.train.batch_peers == "on" else None
+        """What computes peers of one network as one; None: each by itself."""
         # Whose learning rate is that of this rank, and which keeps up the loss scale, where only frozen peers live.
         self.idle = None if any(r.optimizer for r in self.residents.values()) else builder.idle()
         self._schedules = [*builder.schedules, DropPathSchedule(config.train, self.residents, steps_per_epoch)]
@@ -143,28 +146,9 @@ class Cohort:
     def forward(self, batch: Batch, progress: Progress, micro: int, peers: Sequence[int]) -> Mapping[int, Signals]:
         """The live signals of those of `peers` that live here, for this rank's rows, each on the view that it sees;
         where a trunk is shared, with its map as `trunk`."""
-        step, factor = progress.step, self.placement.replicas / self.placement.mean_replicas
         views = {k: images for k, images in self.views_of(batch).items() if k in peers}
-        signals: dict[int, Signals] = {}
         with autocast(self.device, self.autocast):
-            before = partial(self.streams.before_trunk, step, micro, per_peer=self.config.data.views == "per_peer")
-            below = self.trunk(views, before) if self.trunk else {}
-            for k, images in views.items():
-                resident = self.residents[k]
-                self.streams.before_peer(k, step, micro)
-                found = resident.wrapped(below[k].map, below[k].taps) if k in below else resident.wrapped(images, None)
-                # DDP takes the mean over as many replicas as this peer has; losses are weighted for the mean number.
-                signals[k] = {name: scale_gradient(x, factor) for name, x in found.items()}
-                if k in below:
-                    signals[k] = {**signals[k], "trunk": below[k].plain}
-                if isinstance(resident.ema, Teacher):
-                    self.streams.before_teacher(k, step, micro)
-                    signals[k] = {**signals[k], "teacher": resident.ema(images)}
-            if isinstance(self.method, LooksAtImages):
-                with torch.no_grad():
-                    seen = self.method.look(views, progress)
-                signals = {k: {**own, **seen.get(k, {})} for k, own in signals.items()}
-        return signals
+            return _forward(self, views, progress, micro)
 
     @property
     def private(self) -> Sequence[str]:
@@ -236,6 +220,42 @@ class Cohort:
         trunk = [self.trunk.module] if self.trunk else []
         rows, batch = sum(len(share.rows) for share in self.shares), self.config.data.global_batch
         average_statistics(own, trunk, shared, self.placement, self.replica_group, rows, batch)
+
+
+def compute_together(cohort: Cohort) -> Together | None:
+    """What computes this rank's peers of one network as one; None where there is a hindrance."""
+    if hindrance(cohort.config, cohort.placement) is not None:
+        return None
+    groups = alike(cohort.config, cohort.placement)
+    return Together([{k: cohort.residents[k].peer for k in group} for group in groups])
+
+
+def _forward(cohort: Cohort, views: Mapping[int, Tensor], progress: Progress, micro: int) -> Mapping[int, Signals]:
+    """See `Cohort.forward`."""
+    step, factor = progress.step, cohort.placement.replicas / cohort.placement.mean_replicas
+    signals: dict[int, Signals] = {}
+    before = partial(cohort.streams.before_trunk, step, micro, per_peer=cohort.config.data.views == "per_peer")
+    below = cohort.trunk(views, before) if cohort.trunk else {}
+    whole = cohort.together(views) if cohort.together else {}
+    for k, images in views.items():
+        resident = cohort.residents[k]
+        cohort.streams.before_peer(k, step, micro)
+        found = whole.get(k)
+        if found is None:
+            shown = (below[k].map, below[k].taps) if k in below else (images, None)
+            found = resident.wrapped(*shown)
+        # DDP takes the mean over as many replicas as this peer has; losses are weighted for the mean number.
+        signals[k] = {name: scale_gradient(x, factor) for name, x in found.items()}
+        if k in below:
+            signals[k] = {**signals[k], "trunk": below[k].plain}
+        if isinstance(resident.ema, Teacher):
+            cohort.streams.before_teacher(k, step, micro)
+            signals[k] = {**signals[k], "teacher": resident.ema(images)}
+    if isinstance(cohort.method, LooksAtImages):
+        with torch.no_grad():
+            seen = cohort.method.look(views, progress)
+        signals = {k: {**own, **seen.get(k, {})} for k, own in signals.items()}
+    return signals
 
 
 def _answers(cohort: Cohort, images: Tensor, peer: int, shown: Signals) -> Tensor:

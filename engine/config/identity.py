@@ -36,7 +36,7 @@ NUMBERS_DO_NOT_DEPEND_ON = {
     },
     "method": {"bank_sharded", "chunk"},
     "precision": {"compile", "channels_last", "tf32"},
-    "train": {"epochs", "max_steps", "peer_threads", "max_skipped", "timeout"},
+    "train": {"epochs", "max_steps", "peer_threads", "batch_peers", "max_skipped", "timeout"},
 }
 """What may change between two starts of a run; null stands for a whole section."""
 

@@ -14,6 +14,7 @@ import models
 from data_pipelines import DataConfig
 from data_pipelines.keys import AnyPath
 from engine.config.frozen import check_frozen
+from engine.config.precision import PrecisionConfig
 from engine.config.sections import (
     AnyMethod,
     CheckpointConfig,
@@ -24,7 +25,6 @@ from engine.config.sections import (
     PeerConfig,
     PeerOptimizerConfig,
     PlacementConfig,
-    PrecisionConfig,
     ReportConfig,
     ScheduleConfig,
     Section,

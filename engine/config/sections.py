@@ -173,6 +173,12 @@ class TrainConfig(Section):
         description="threads that compute the peers of one rank at the same time on a CPU, each with one core; 1: one "
         "peer after another, each with all cores. The same numbers but for rounding",
     )
+    batch_peers: Literal["auto", "on", "off"] = Field(
+        "off",
+        description="on: peers of one network are computed as one of K groups, on one rank: 1/K of the operations, for "
+        "small networks on a GPU; auto: where it is measured to be faster as the run starts. The same numbers but for "
+        "rounding",
+    )
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of each peer; null: no clipping")
     clip_factor: float | None = Field(
         None,
@@ -233,17 +239,6 @@ class TrainConfig(Section):
     def epochs_of(self, steps_per_epoch: int) -> int:
         """Epochs of the whole run, the last of which `max_steps` may cut short."""
         return -(-self.steps(steps_per_epoch) // steps_per_epoch)
-
-
-class PrecisionConfig(Section):
-    """Number formats and memory layout."""
-
-    amp: Literal["float32", "bf16", "fp16"] = Field(
-        "float32", description="autocast of the networks; losses stay float32"
-    )
-    tf32: bool = Field(True, description="TF32 in float32 matrix products and convolutions on GPUs that have it")
-    channels_last: bool = Field(True, description="channels-last memory for images and networks")
-    compile: bool = Field(False, description="torch.compile the networks")
 
 
 class PlacementConfig(Section):

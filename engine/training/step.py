@@ -131,7 +131,7 @@ def _parts(cohort: Cohort, share: Share) -> float:
 
 
 def settle(cohort: Cohort, progress: Progress, say: Callable[[str], None] | None = None) -> None:
-    """One pass forward and backward on black images, of which nothing is kept.
+    """Has DDP lay its buckets out.
 
     DDP lays its buckets out anew after the first backward pass, and the sum over three or more ranks rounds differently
     in another layout. So that a resumed run adds up like one that never stopped, the layout is settled before the
@@ -144,12 +144,17 @@ def settle(cohort: Cohort, progress: Progress, say: Callable[[str], None] | None
     replicas = max(len(group.ranks) for group in placement.groups)
     if replicas == 1 and (placement.world == 1 or cohort.shared_optimizer is None):
         return
+    rehearse(cohort, progress)
+    if say and cohort.exchange.levels.remark:
+        say(cohort.exchange.levels.remark)
+
+
+def rehearse(cohort: Cohort, progress: Progress) -> None:
+    """One pass forward and backward on black images, of which nothing is kept."""
     share = cohort.shares[0]
     cohort.begin_step(progress.step)
     for _ in _gradients(cohort, blank(cohort, len(share.rows)), share, progress, 0, Clock(cohort.device)):
         pass
-    if say and cohort.exchange.levels.remark:
-        say(cohort.exchange.levels.remark)
     cohort.restore_buffers(torch.ones(1, device=cohort.device))
 
 

@@ -10,6 +10,7 @@
     python launch/bench data --folder DIR        images/s of folders, shards, ... and decoders, against other loaders
     python launch/bench listing --images 1281167    the first look at class folders, each one after, and ImageFolder's
     python launch/bench resident                 small images with AutoAugment and Cutout, against other loaders
+    python launch/bench together                 peers of one network computed as one, against each by itself
     python launch/bench objective                the objective alone at ImageNet's shapes, against KL on every pair
     python launch/bench lmcl                     L-MCL's objective with memory banks against one pair after another
     python launch/bench lmcl-step                a step of L-MCL against two networks alone, and its outer step
@@ -29,7 +30,19 @@ from launch.bench import LOADING
 from launch.bench.gpu.parts import PARTS
 from launch.parsing import parser
 
-WHAT = ("step", "exchange", "placement", "checkpoint", "bytes", "operations", "objective", "lmcl", "lmcl-step", "gpu")
+WHAT = (
+    "step",
+    "exchange",
+    "placement",
+    "checkpoint",
+    "bytes",
+    "operations",
+    "objective",
+    "together",
+    "lmcl",
+    "lmcl-step",
+    "gpu",
+)
 WHOLE = ("methods", "peers")
 
 

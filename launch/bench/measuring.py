@@ -28,6 +28,7 @@ from launch.bench.objective import objective
 from launch.bench.peers import Workload, bare_step, bench_cohort, engine_step
 from launch.bench.placing import placing
 from launch.bench.saving import saving
+from launch.bench.together import together
 from launch.bench.turns import headline, in_turn, print_comparison
 from launch.bench.whole import whole_steps
 from launch.entry import user_errors
@@ -69,6 +70,8 @@ def _measure(options: argparse.Namespace, device: torch.device, launch: Launch) 
         whole_steps(options, device, launch)
     elif options.what == "objective":
         objective(options.rounds, options.steps, device)
+    elif options.what == "together":
+        together(work, options.rounds, options.steps, device, launch)
     elif options.what == "placement":
         placing(options, launch, device)
     elif options.what == "checkpoint":

@@ -91,6 +91,12 @@ def rehearsed(config: RunConfig, world: int = 1, rank: int | None = None, **how:
     return rehearse(config, placement, how.pop("images", SMALL), **how)
 
 
+@pytest.mark.parametrize("case", ["dml, clipped, in micro-batches", "dml, bf16", "kdcl, linear", "dcm", "mcl, memory"])
+def test_peers_computed_as_one_mix_no_devices_and_the_host_never_waits(case: str) -> None:
+    train = {**CASES[case].get("train", {}), "batch_peers": "on"}
+    assert rehearsed(config_of({**CASES[case], "train": train}), steps=(0,)).waits == ()
+
+
 OFTEN = ("colocated, 1 rank", "spread", "hybrid, 4 peers on 2 ranks")
 """Places that every case is tried in each time; a few cases in all."""
 EVERYWHERE = ("independent", "dml", "one", "mcl, global", "pcl")

@@ -1,0 +1,206 @@
+"""Peers of one network computed together: one forward and one backward pass over weights that lie side by side."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
+
+from engine.cohort.peer import Peer
+from engine.config import RunConfig
+from engine.ranks.placement import Placement
+from losses import METHODS, Signals
+from losses.capabilities import trunk_of, turns_of
+
+
+def hindrance(config: RunConfig, placement: Placement) -> str | None:
+    """Why no peers of this rank can be computed together; None where some can, by all that a config says."""
+    method = METHODS[config.method.name]
+    if placement.world > 1:
+        return f"gradients are averaged peer by peer where there are several ranks, found {placement.world}"
+    if trunk_of(method, config.method, 3) is not None:
+        return f"the peers of {method.name} are branches of one network"
+    if len(turns_of(method, config.method, len(config.cohort))) > 1:
+        return "the peers are updated one after another"
+    if config.precision.compile:
+        return "precision.compile compiles the peers one by one"
+    if config.train.peer_threads > 1:
+        return "train.peer_threads computes the peers in threads of their own"
+    if config.train.drop_path:
+        return "train.drop_path has each peer draw the paths that it drops"
+    if not alike(config, placement):
+        return "no two peers that learn have the same network, options and frozen parts"
+    return None
+
+
+def alike(config: RunConfig, placement: Placement) -> list[list[int]]:
+    """The peers that live here and learn, group by group of the same network; who is alone is left out."""
+    kinds: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for k in placement.residents:
+        _, peer = config.cohort[k]
+        if peer.learns:
+            kinds[peer.network, repr(peer.options), repr(peer.frozen_parts)].append(k)
+    return [group for group in kinds.values() if len(group) > 1]
+
+
+class Together:
+    """Groups of peers of one network, each computed as one.
+
+    The peers stay what they are: in each pass their parameters and buffers are copied side by side in one go, `vmap`
+    computes K convolutions as one of K groups, gradients come back to each peer's own parameters, and what the pass has
+    done to buffers is copied back. Of K peers' operations 1/K are left.
+
+    Args:
+        groups: index -> peer, whose modules are built alike.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[int, Peer]]) -> None:
+        self._groups = [_Group(peers) for peers in groups]
+
+    def __call__(self, views: Mapping[int, Tensor]) -> dict[int, Signals]:
+        """The live signals of all peers of the groups, each on the view [N, channels, H, W] that it sees."""
+        return {k: own for group in self._groups for k, own in group(views).items()}
+
+    def check(self, views: Mapping[int, Tensor]) -> None:
+        """Tries it, and changes nothing. Raises: ValueError, with what of a network cannot be done for several."""
+        for group in self._groups:
+            try:
+                with torch.no_grad():
+                    group(views, keep=True)
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                if "randomness" in reason or "random operation" in reason:
+                    reason = "it draws random numbers, such as dropout, and each peer draws its own"
+                raise ValueError(f"{type(group.base.network).__name__}: {reason}") from None
+
+
+class _Group:
+    def __init__(self, peers: Mapping[int, Peer]) -> None:
+        self._indices = list(peers)
+        self.base = next(iter(peers.values()))
+        self._names = [name for name, _ in self.base.named_parameters()]
+        self._buffer_names = [name for name, _ in self.base.named_buffers()]
+        self._parameters = _by_place([list(peer.parameters()) for peer in peers.values()])
+        self._buffers = _by_place([list(peer.buffers()) for peer in peers.values()])
+
+    def __call__(self, views: Mapping[int, Tensor], *, keep: bool = False) -> dict[int, Signals]:
+        """Args: keep: leave the peers' buffers as they are."""
+        count = len(self._indices)
+        parameters = dict(zip(self._names, _SideBySide.apply(count, *self._parameters), strict=True))
+        blocks = [_block(self._buffers[i], count) for i in range(0, len(self._buffers), count)]
+        _copy(_slices(blocks), self._buffers)
+        buffers = dict(zip(self._buffer_names, blocks, strict=True))
+        images = [views[k] for k in self._indices]
+        shared = all(x is images[0] for x in images)
+        with warnings.catch_warnings():
+            # What vmap has no rule for is done peer by peer: a pooling's memory format, and of no weight.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            run = vmap(partial(_run, self.base), in_dims=(0, 0, None if shared else 0), randomness="error")
+            found = run(parameters, buffers, images[0] if shared else torch.stack(images))
+        if not keep:
+            _copy(self._buffers, _slices(blocks))
+        own = {name: x.unbind() for name, x in found.items()}
+        return {k: {name: x[i] for name, x in own.items()} for i, k in enumerate(self._indices)}
+
+
+def _run(base: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> dict[str, Any]:
+    with _NormsAsOne():
+        found: dict[str, Any] = functional_call(base, (parameters, buffers), (images, None))
+    return found
+
+
+class _NormsAsOne(TorchFunctionMode):
+    """Within, K batch normalisations of C channels are one of K C channels. The rule of vmap's own would be as many as
+    six passes over the maps."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.batch_norm:
+            bound = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
+            return _Norm.apply(*(bound.get(name, default) for name, default in _ARGUMENTS.items()))
+        return function(*args, **(kwargs or {}))
+
+
+_ARGUMENTS: dict[str, Any] = {
+    "input": None,
+    "running_mean": None,
+    "running_var": None,
+    "weight": None,
+    "bias": None,
+    "training": False,
+    "momentum": 0.1,
+    "eps": 1e-5,
+}
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return F.batch_norm(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        """Autograd sees what is done here: x [N, K, C, ...] as [N, K C, ...]."""
+        of_channels, how = rest[:4], rest[4:]
+        rows: list[Any] = [
+            None if p is None else _of_all(p, dim, info.batch_size, 0).reshape(-1)
+            for p, dim in zip(of_channels, in_dims[1:5], strict=True)
+        ]
+        y = F.batch_norm(_of_all(x, in_dims[0], info.batch_size, 1).flatten(1, 2), *rows, *how)
+        return y.unflatten(1, (info.batch_size, -1)), 1
+
+
+def _of_all(x: Tensor, dim: int | None, count: int, place: int) -> Tensor:
+    """With the peers in dimension `place`."""
+    return x.movedim(dim, place) if dim is not None else x.unsqueeze(place).repeat_interleave(count, place)
+
+
+def _by_place(of_peers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Those of the first place of all peers, of the second, ..."""
+    return [x for same in zip(*of_peers, strict=True) for x in same]
+
+
+def _block(like: Tensor, count: int) -> Tensor:
+    """Room for `count` tensors like this one, each with its strides."""
+    return like.new_empty_strided((count, *like.shape), (like.numel(), *like.stride()))
+
+
+def _slices(blocks: Sequence[Tensor]) -> list[Tensor]:
+    return [x for block in blocks for x in block.unbind()]
+
+
+@torch.no_grad()
+def _copy(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+    """All of one number format in one go."""
+    for dtype in dict.fromkeys(x.dtype for x in to):
+        chosen = [(a, b) for a, b in zip(to, of, strict=True) if a.dtype == dtype]
+        torch._foreach_copy_([a for a, _ in chosen], [b for _, b in chosen])
+
+
+class _SideBySide(torch.autograd.Function):
+    """K tensors of each place -> one block [K, ...] of each place."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.count = count
+        ctx.set_materialize_grads(False)
+        blocks = [_block(parameters[i], count) for i in range(0, len(parameters), count)]
+        _copy(_slices(blocks), parameters)
+        frozen = [b for i, b in enumerate(blocks) if not ctx.needs_input_grad[1 + i * count]]
+        ctx.mark_non_differentiable(*frozen)
+        return tuple(blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return None, *(x for g in gradients for x in ([None] * ctx.count if g is None else g.unbind()))

@@ -1,0 +1,20 @@
+"""How a run computes: number formats, memory layout, and what is compiled."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from engine.config.sections import Section
+
+
+class PrecisionConfig(Section):
+    """Number formats and memory layout."""
+
+    amp: Literal["float32", "bf16", "fp16"] = Field(
+        "float32", description="autocast of the networks; losses stay float32"
+    )
+    tf32: bool = Field(True, description="TF32 in float32 matrix products and convolutions on GPUs that have it")
+    channels_last: bool = Field(True, description="channels-last memory for images and networks")
+    compile: bool = Field(False, description="torch.compile the networks")

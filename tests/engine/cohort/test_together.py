@@ -1,0 +1,187 @@
+"""Peers of one network computed as one: the same numbers, 1/K of the operations, and a choice that a run keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.cohort.cohort import Cohort
+from engine.cohort.together import hindrance
+from engine.config import ConfigError
+from engine.preflight import check_run
+from engine.ranks.collectives import Launch
+from engine.ranks.planning.choosing import plan
+from engine.training.batching import FILE, settle_batching
+from losses import Progress
+from tests.engine.stepping import cohort_in_double, cohort_of, config_of, do_steps, optimizer_state, state
+from tests.runs import small_run, train_here, weights
+from tests.worlds import run_ranks, run_world
+
+NARROW = {"network": "cifar_resnet8_b", "options": {"width": 4}}
+WIDE = {"network": "cifar_resnet8_b", "options": {"width": 8}}
+RUNS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
+    "dml": ({"name": "dml"}, 3, {}),
+    "views, micro-batches, frozen parts": (
+        {"name": "kdcl"},
+        [{**NARROW, "copies": 2, "frozen": ["conv1", "bn1"]}],
+        {"data": {"views": "per_peer"}, "train": {"accumulation": 2}},
+    ),
+    "heads on stages": ({"name": "dcm"}, 2, {}),
+    "an outer step": ({"name": "lmcl", "meta_interval": 2, "negatives": "batch"}, 2, {}),
+    "averages and copies": ({"name": "codistillation", "interval": 2}, 2, {"train": {"ema_decay": 0.9}}),
+    "a peer of its own": ({"name": "mcl"}, [{**NARROW, "copies": 2}, WIDE], {}),
+    "two groups, clipped": (
+        {"name": "dml"},
+        [{**NARROW, "copies": 2}, {**WIDE, "copies": 2}],
+        {"train": {"clip_norm": 0.1}},
+    ),
+}
+
+
+def both_ways(name: str) -> list[dict[str, Tensor]]:
+    """States and averages after six steps, each peer by itself and together, in float64."""
+    method, peers, sections = RUNS[name]
+    found = []
+    for way in ("off", "on"):
+        train = {**sections.get("train", {}), "batch_peers": way}
+        cohort = cohort_in_double(config_of(method, peers, **{**sections, "train": train}))
+        assert (cohort.together is not None) == (way == "on")
+        do_steps(cohort, range(6))
+        averages = [net.state_dict() for net in cohort.networks(ema=True).values()]
+        kept = {f"average {k}/{n}": x for k, of_peer in enumerate(averages) for n, x in of_peer.items()}
+        found.append({**state(cohort), **optimizer_state(cohort), **kept})
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_numbers_are_those_of_each_peer_by_itself(name: str) -> None:
+    """Weights, BatchNorm's statistics and counters, momentum, averages."""
+    [[alone, together]] = run_world(1, both_ways, name)
+    assert alone.keys() == together.keys()
+    for key, x in alone.items():
+        torch.testing.assert_close(together[key], x, rtol=1e-10, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that compute: no views, and no room that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (function.is_view or "empty" in str(function) or "profiler" in str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def counted(num_peers: int) -> tuple[int, int]:
+    found = []
+    for way in ("off", "on"):
+        config = config_of({"name": "independent"}, num_peers, train={"batch_peers": way})
+        cohort = cohort_of(config)
+        do_steps(cohort, [0, 1])
+        with Operations() as seen:
+            do_steps(cohort, [2])
+        found.append(seen.count)
+    return found[0], found[1]
+
+
+def test_operations_fall_towards_those_of_one_peer() -> None:
+    alone = {k: run_world(1, counted, k)[0] for k in (2, 8)}
+    assert alone[2][1] < 0.75 * alone[2][0]
+    assert alone[8][1] < 0.35 * alone[8][0]
+
+
+@pytest.mark.parametrize(
+    ("method", "peers", "sections", "reason"),
+    [
+        ({"name": "one"}, 2, {}, "the peers of one are branches of one network"),
+        ({"name": "dml", "order": "sequential"}, 2, {}, "the peers are updated one after another"),
+        (
+            {"name": "dml"},
+            [NARROW, WIDE],
+            {},
+            "no two peers that learn have the same network, options",
+        ),
+        ({"name": "dml"}, 2, {"precision": {"compile": True}}, "precision.compile compiles the peers one by one"),
+    ],
+)
+def test_what_cannot_be_computed_together_is_refused(
+    method: dict[str, Any], peers: Any, sections: dict[str, Any], reason: str
+) -> None:
+    config = config_of(method, peers, train={"batch_peers": "on"}, **sections)
+    with pytest.raises(ConfigError, match=f"^train.batch_peers = on: {reason}.*; expected off or auto$"):
+        check_run(config, Launch(0, 0, 1))
+
+
+def test_several_ranks_are_refused() -> None:
+    config = config_of(train={"batch_peers": "on"})
+    assert hindrance(config, plan(config, 1, 0)) is None
+    for world in (2, 4):
+        reason = hindrance(config, plan(config, world, 0))
+        assert reason == f"gradients are averaged peer by peer where there are several ranks, found {world}"
+
+
+def with_dropout(folder: Path, way: str) -> list[str]:
+    peers = [{"network": "timm/test_convnext", "options": {"drop_path_rate": 0.2}, "copies": 2}]
+    cohort = cohort_of(config_of({"name": "dml"}, peers, train={"batch_peers": way}), channels=3)
+    said: list[str] = []
+    settle_batching(cohort, Progress(0, 5, 2), folder, said.append, going_on=False)
+    return said
+
+
+def test_networks_that_draw_random_numbers_stay_apart(tmp_path: Path) -> None:
+    reason = "ConvNeXt: it draws random numbers, such as dropout, and each peer draws its own"
+    [said] = run_world(1, with_dropout, tmp_path, "auto")
+    assert said == [f"train.batch_peers = auto: each peer by itself, since {reason}"]
+    with pytest.raises(RuntimeError, match=f"train.batch_peers = on: {reason}"):
+        run_world(1, with_dropout, tmp_path, "on")
+
+
+def choosing(folder: Path) -> tuple[bool, list[str], list[bool]]:
+    """Whether a measurement leaves everything as it was; what is said and chosen by a run that begins, by one that goes
+    on, by one that goes on where the file says the opposite, and by one that has begun without a choice."""
+    config = config_of({"name": "dml"}, train={"batch_peers": "auto", "ema_decay": 0.9})
+    cohort, said, chosen = cohort_of(config), [], []
+    do_steps(cohort, [0])
+    before = {**state(cohort), **optimizer_state(cohort), "random": torch.get_rng_state()}
+
+    def settled(cohort: Cohort, *, going_on: bool) -> None:
+        settle_batching(cohort, Progress(1, 5, 2), folder, said.append, going_on=going_on)
+        chosen.append(cohort.together is not None)
+
+    settled(cohort, going_on=False)
+    after = {**state(cohort), **optimizer_state(cohort), "random": torch.get_rng_state()}
+    untouched = all(torch.equal(x, after[name]) for name, x in before.items())
+    settled(cohort_of(config), going_on=True)
+    path = folder / FILE
+    text = path.read_text()
+    path.write_text(text.replace("true", "x").replace("false", "true").replace("x", "false"))
+    settled(cohort_of(config), going_on=True)
+    path.unlink()
+    settled(cohort_of(config), going_on=True)
+    return untouched, said, chosen
+
+
+def test_auto_measures_once_keeps_its_choice_and_changes_nothing(tmp_path: Path) -> None:
+    [(untouched, said, chosen)] = run_world(1, choosing, tmp_path)
+    assert untouched
+    assert "forward and backward take" in said[0]
+    assert said[1] == said[0]
+    assert chosen == [chosen[0], chosen[0], not chosen[0], False]
+    assert said[3] == "train.batch_peers = auto: each peer by itself: the run has begun that way"
+
+
+def test_a_run_that_is_interrupted_ends_bit_equal(tiny: Path, tmp_path: Path) -> None:
+    train = {"batch_peers": "on"}
+    for folder, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
+        sections = {"train": {**train, "epochs": epochs}, "schedule": {"name": "constant"}}
+        run_ranks(1, train_here, small_run(tiny, tmp_path / folder, **sections))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole
+    assert all(torch.equal(x, parts[name]) for name, x in whole.items())
