@@ -304,7 +304,8 @@ def scales(config: RunConfig, at: int) -> Any:
 
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize(
-    ("kind", "optimizer"), [("spread", "sgd"), ("colocated", "sgd"), ("spread", "adamw"), ("spread", "lamb")]
+    ("kind", "optimizer"),
+    [("spread", "sgd"), ("colocated", "sgd"), ("spread", "adamw"), ("spread", "lamb"), ("balanced", "sgd")],
 )
 def test_fp16_scale_halves_on_all_ranks_where_one_overflows(kind: str, optimizer: str, at: int) -> None:
     config = config_of(
@@ -313,7 +314,7 @@ def test_fp16_scale_halves_on_all_ranks_where_one_overflows(kind: str, optimizer
         precision={"amp": "fp16"},
         optimizer={"name": optimizer, "lr": 1e-3},
     )
-    for found, skips, states in run_world(2, scales, config, at):
+    for found, skips, states in run_world(3 if kind == "balanced" else 2, scales, config, at):
         assert skips == [int(step == at) for step in range(3)]
         assert found == [65536.0 if step <= at else 32768.0 for step in range(4)]
         assert_same_weights(states[at + 1], states[at], 0)
