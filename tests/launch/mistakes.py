@@ -30,7 +30,6 @@ GET_CIFAR = (
 )
 
 ADAMW = "amsgrad, betas, capturable, differentiable, eps, foreach, layer_decay, layer_decay_min_scale, maximize"
-
 SGD = "dampening, differentiable, foreach, layer_decay, layer_decay_min_scale, maximize, nesterov"
 
 MEETING = "kind = jobs needs a folder where peers meet, other kinds have none"
@@ -47,7 +46,8 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "misspelt_key": (
         "train.epoch=3",
         "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, bce_sum, bce_threshold, "
-        "clip_factor, clip_norm, ema_decay, ema_warmup, epochs, loss, max_skipped, max_steps, sync_bn, timeout",
+        "clip_factor, clip_norm, drop_path, ema_decay, ema_warmup, epochs, loss, max_skipped, max_steps, sync_bn, "
+        "timeout",
     ),
     "misspelt_key_of_a_peer": (
         "peers.0.netwrk=x",
