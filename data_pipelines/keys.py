@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Strict
 from pydantic_core import PydanticCustomError
 
 _NAME = 255
@@ -34,6 +34,14 @@ def _usable(path: Path) -> Path:
 # YAML has no paths: this one is read from a string, all else must have its own type.
 AnyPath = Annotated[Path, Strict(False), AfterValidator(_usable)]
 """A path as somebody writes it, with ~ for a home; it need not be there."""
+
+
+def _on_or_off(value: object) -> object:
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+ON_OFF = BeforeValidator(_on_or_off)
+"""For keys whose values are on, off and others: YAML takes the two words for true and false."""
 
 
 class Section(BaseModel):

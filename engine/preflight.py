@@ -30,6 +30,7 @@ from engine.ranks.meeting import foreign, path_of
 from engine.ranks.placement import Placement
 from engine.ranks.planning.choosing import plan
 from engine.safety import checkpoint, rollback
+from engine.training import graphs
 from losses import METHODS, PeerInfo
 from losses.capabilities import OuterProblem
 from losses.contrast import ContrastiveOptions
@@ -78,6 +79,8 @@ def check_run(
         raise ConfigError(f"train.peer_threads = {config.train.peer_threads}: {reason}; expected 1")
     if config.train.batch_peers == "on" and (reason := hindrance(config, placement)) is not None:
         raise ConfigError(f"train.batch_peers = on: {reason}; expected off or auto")
+    if config.precision.graphs == "on" and (reason := graphs.hindrance(config, placement)) is not None:
+        raise ConfigError(f"precision.graphs = on: {reason}; expected off")
     _check_reading(config, placement)
     _check_schedule(config, check_data(config))
     _check_stages(config)

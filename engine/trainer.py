@@ -46,10 +46,11 @@ from engine.training.batching import settle_batching
 from engine.training.consistency import check_same_rows, check_same_weights
 from engine.training.due import Due, due
 from engine.training.evaluation import evaluate_cohort, survey
+from engine.training.graphs import Graphed
 from engine.training.meter import Meter
 from engine.training.remarks import remarks, twins
 from engine.training.sharing import share_decoding
-from engine.training.step import settle, train_step
+from engine.training.step import settle, train_step, update_peers
 from engine.training.timing import Clock
 from losses import Progress
 
@@ -200,12 +201,12 @@ class _Run:
         self._alert = self.tracker.alert if self.tracker else None
         self._told: Told = frozenset()
         self._spiking, self._begin = False, self.step
-        self._say = self.tracker.say if self.tracker else _say_nothing
         self.saver = Saver(config.folder, self.cohort, self._say, held.check, held.mark)
         self._scored = last_evaluation(config.folder)
         if self.step < self.steps:
             settle(self.cohort, self._progress, self._say)
             settle_batching(self.cohort, self._progress, config.folder, self._say, going_on=self.step > 0)
+        self._updater = Graphed(self._say) if config.precision.graphs == "on" else update_peers
         self.clock = Clock(device)
         self._aside = ""
         self._stop = torch.zeros(1, device=device)
@@ -225,10 +226,10 @@ class _Run:
             self.tracker = follow(self.config, self.placement, self.step, self.steps, found.said, self._held.check)
             self.tracker.say("\n".join(summary(self.config, self.placement, self.pipeline, self.device, self.steps)))
             write_json(self.config.folder / "classes.json", self.pipeline.class_names)
+        self._say = self.tracker.say if self.tracker else _say_nothing
         if not self.step:
-            say = self.tracker.say if self.tracker else _say_nothing
             for note in (*remarks(self.config, self.steps_per_epoch, self.pipeline.train_size), *twins(self.cohort)):
-                say(f"note: {note}")
+                self._say(f"note: {note}")
 
     def where(self) -> Place:
         """Where this rank is."""
@@ -268,7 +269,7 @@ class _Run:
     def _update(self, batch: Batch) -> None:
         self._preemption.ask(self._stop)
         parts = batch.split([len(share.rows) for share in self.cohort.shares])
-        outcome = train_step(self.cohort, parts, self._progress, self.clock, self._stop)
+        outcome = train_step(self.cohort, parts, self._progress, self.clock, self._stop, self._updater)
         self.meter.add(outcome)
         if not self._where.limited:
             limit_waiting(self.config.train.timeout)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, model_validator
 
-from data_pipelines.keys import AnyPath, Only, Section
+from data_pipelines.keys import ON_OFF, AnyPath, Only, Section
 from data_pipelines.sources import npz
 from data_pipelines.sources.standard_sets import STANDARD
 
@@ -76,7 +76,7 @@ class SourceConfig(Section):
         description="A file that lists the classes in the order of the labels, a line each, such as ImageNet's list of "
         "synsets; null: sorted by name, or as the data say (photos).",
     )
-    shared_decode: Annotated[Literal["auto", "on", "off"], OF_PHOTOS] = Field(
+    shared_decode: Annotated[Literal["auto", "on", "off"], ON_OFF, OF_PHOTOS] = Field(
         default="auto",
         description="Whether ranks of a node that need the same rows decode a share of them each, and pass the pixels "
         "on. auto: where photos are decoded on the CPU and all peers see one augmentation (photos).",

@@ -114,9 +114,12 @@ class Cohort:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def begin_step(self, step: int) -> None:
-        """Sets the learning rates of update number `step`, drops old gradients, remembers buffers in case of a skip."""
+        """Sets the learning rates of update number `step`."""
         for schedule in self._schedules:
             schedule.step_update(step)
+
+    def begin_update(self) -> None:
+        """Drops old gradients, and remembers buffers in case of a skip."""
         for optimizer in self.optimizers():
             optimizer.zero_grad(set_to_none=True)
         self._remembered.begin()

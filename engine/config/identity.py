@@ -35,7 +35,7 @@ NUMBERS_DO_NOT_DEPEND_ON = {
         "max_bad",
     },
     "method": {"bank_sharded", "chunk"},
-    "precision": {"compile", "channels_last", "tf32"},
+    "precision": {"compile", "channels_last", "tf32", "graphs"},
     "train": {"epochs", "max_steps", "peer_threads", "batch_peers", "max_skipped", "timeout"},
 }
 """What may change between two starts of a run; null stands for a whole section."""

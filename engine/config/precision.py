@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from data_pipelines.keys import ON_OFF
 from engine.config.sections import Section
 
 
@@ -18,3 +19,8 @@ class PrecisionConfig(Section):
     tf32: bool = Field(True, description="TF32 in float32 matrix products and convolutions on GPUs that have it")
     channels_last: bool = Field(True, description="channels-last memory for images and networks")
     compile: bool = Field(False, description="torch.compile the networks")
+    graphs: Annotated[Literal["off", "on"], ON_OFF] = Field(
+        "off",
+        description="on: the update of a step (forward of all peers, objective, backward, optimisers) is captured as "
+        "one CUDA graph and launched at once, on one rank; not yet tried on a GPU",
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from data_pipelines.keys import AnyPath
+from data_pipelines.keys import ON_OFF, AnyPath
 from losses import METHODS, MethodOptions
 
 
@@ -173,7 +173,7 @@ class TrainConfig(Section):
         description="threads that compute the peers of one rank at the same time on a CPU, each with one core; 1: one "
         "peer after another, each with all cores. The same numbers but for rounding",
     )
-    batch_peers: Literal["auto", "on", "off"] = Field(
+    batch_peers: Annotated[Literal["auto", "on", "off"], ON_OFF] = Field(
         "off",
         description="on: peers of one network are computed as one of K groups, on one rank: 1/K of the operations, for "
         "small networks on a GPU; auto: where it is measured to be faster as the run starts. The same numbers but for "

@@ -34,8 +34,25 @@ class Outcome(NamedTuple):
     """[1] on the device, the largest `stop` of any rank."""
 
 
+class Update(NamedTuple):
+    """What the update of a step has come to: an `Outcome`, and"""
+
+    outcome: Outcome
+    everywhere: Sequence[Sequence[Signals]]
+    """turn after turn, the signals of all rows that every rank has seen."""
+
+
+Updater = Callable[[Cohort, Sequence[Batch], Progress, Clock, Tensor], Update]
+"""`update_peers`, or what does the same in another way."""
+
+
 def train_step(
-    cohort: Cohort, batches: Sequence[Batch], progress: Progress, clock: Clock, stop: Tensor | None = None
+    cohort: Cohort,
+    batches: Sequence[Batch],
+    progress: Progress,
+    clock: Clock,
+    stop: Tensor | None = None,
+    updater: Updater | None = None,
 ) -> Outcome:
     """One update of every peer from this rank's rows of one global batch.
 
@@ -46,28 +63,11 @@ def train_step(
         clock: told when each part of the step is over.
         stop: [1] on the device, the number of a signal that this rank got, 0 without. It travels with what the ranks
             agree on in every step anyway.
+        updater: how peers are updated; None: `update_peers`.
     """
-    total: Terms = {}
-    norms: dict[int, Tensor] = {}
-    skipped = torch.zeros(1, device=cohort.device)
-    stop = skipped if stop is None else stop
-    everywhere: list[Sequence[Signals]] = []
+    stop = torch.zeros(1, device=cohort.device) if stop is None else stop
     cohort.begin_step(progress.step)
-
-    for micro, (batch, share) in enumerate(zip(batches, cohort.shares, strict=True)):
-        last = micro == len(batches) - 1
-        with cohort.gradients_stay_here(not last):
-            parts = _parts(cohort, share)
-            for learners, signals, terms in _gradients(cohort, batch, share, progress, micro, clock):
-                everywhere.append([_wide(peer) for peer in signals])
-                for key, term in terms.items():
-                    total[key] = total.get(key, 0) + term / parts
-                if last:
-                    skip, stop, found = _update(cohort, learners, total, stop)
-                    skipped, norms = torch.maximum(skipped, skip), norms | found
-                    clock.mark("optimizer")
-
-    cohort.restore_buffers(skipped)
+    (total, norms, skipped, stop), everywhere = (updater or update_peers)(cohort, batches, progress, clock, stop)
     cohort.scaler.update()
     if isinstance(cohort.method, ActsAfterStep):
         cohort.method.after_step(
@@ -85,6 +85,31 @@ def train_step(
     cohort.update_averages(progress.step)
     clock.mark("optimizer")
     return Outcome(total, norms, skipped, stop)
+
+
+def update_peers(cohort: Cohort, batches: Sequence[Batch], progress: Progress, clock: Clock, stop: Tensor) -> Update:
+    """Forward, exchange, objective, backward and optimisers: the device alone is asked for anything."""
+    total: Terms = {}
+    norms: dict[int, Tensor] = {}
+    skipped = torch.zeros(1, device=cohort.device)
+    everywhere: list[Sequence[Signals]] = []
+    cohort.begin_update()
+
+    for micro, (batch, share) in enumerate(zip(batches, cohort.shares, strict=True)):
+        last = micro == len(batches) - 1
+        with cohort.gradients_stay_here(not last):
+            parts = _parts(cohort, share)
+            for learners, signals, terms in _gradients(cohort, batch, share, progress, micro, clock):
+                everywhere.append([_wide(peer) for peer in signals])
+                for key, term in terms.items():
+                    total[key] = total.get(key, 0) + term / parts
+                if last:
+                    skip, stop, found = _update(cohort, learners, total, stop)
+                    skipped, norms = torch.maximum(skipped, skip), norms | found
+                    clock.mark("optimizer")
+
+    cohort.restore_buffers(skipped)
+    return Update(Outcome(total, norms, skipped, stop), everywhere)
 
 
 def _gradients(
@@ -153,6 +178,7 @@ def rehearse(cohort: Cohort, progress: Progress) -> None:
     """One pass forward and backward on black images, of which nothing is kept."""
     share = cohort.shares[0]
     cohort.begin_step(progress.step)
+    cohort.begin_update()
     for _ in _gradients(cohort, blank(cohort, len(share.rows)), share, progress, 0, Clock(cohort.device)):
         pass
     cohort.restore_buffers(torch.ones(1, device=cohort.device))
@@ -223,6 +249,8 @@ def _agree(cohort: Cohort, numbers: Sequence[Tensor], stop: Tensor) -> tuple[Ten
     """Two numbers [1], the same on all ranks of the world: 1 where one of them has a non-finite number, and the largest
     `stop`."""
     skip = 1 - torch.isfinite(torch.stack([cohort.nothing, *numbers])).all().float().reshape(1)
+    if cohort.placement.world == 1:
+        return skip, stop
     agreed = torch.cat([skip, stop])
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
     return agreed[:1], agreed[1:]

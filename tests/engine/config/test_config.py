@@ -324,3 +324,9 @@ def test_the_description_of_keys_holds_every_key_of_a_resolved_config(write: Wri
 
     assert "data.augmentation.padding" in described
     assert described.issuperset(keys(raw, "")), set(keys(raw, "")) - described
+
+
+def test_on_and_off_are_words_though_yaml_takes_them_for_true_and_false(write: Write) -> None:
+    path = write("run.yaml", WHOLE)
+    for word, read in (("on", "on"), ("off", "off"), ("true", "on"), ("auto", "auto")):
+        assert load(path, [f"train.batch_peers={word}"]).train.batch_peers == read
