@@ -25,7 +25,7 @@ from engine.cohort.teacher import Teacher
 from engine.cohort.together import Together, alike, hindrance
 from engine.config import ConfigError, RunConfig
 from engine.ranks.collectives import group_of, leave
-from engine.ranks.exchange import Exchange
+from engine.ranks.exchanging.exchange import Exchange
 from engine.ranks.meeting import Meeting
 from engine.ranks.placement import Placement, Share
 from engine.ranks.planning.choosing import AUTO

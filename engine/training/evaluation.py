@@ -16,7 +16,7 @@ from data_pipelines import Pipeline
 from engine.cohort import precision
 from engine.cohort.cohort import Cohort
 from engine.config import RunConfig
-from engine.ranks.exchange import Exchange
+from engine.ranks.exchanging.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.training import calibration
 from engine.training.predictions import Ledger, Predictions

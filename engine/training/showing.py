@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data_pipelines import Batch
 from engine.cohort import precision
-from engine.ranks.exchange import Exchange
+from engine.ranks.exchanging.exchange import Exchange
 from engine.ranks.placement import Placement, Share, interval
 from losses import Signals
 

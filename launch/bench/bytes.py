@@ -9,8 +9,8 @@ import torch
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.config.loading import validate
+from engine.ranks.exchanging.routes import NUMBERS_OF_A_ROW
 from engine.ranks.planning.choosing import plan
-from engine.ranks.routes import NUMBERS_OF_A_ROW
 from losses import Progress
 from losses.capabilities import AllRows
 

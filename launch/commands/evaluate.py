@@ -17,7 +17,7 @@ from engine.cohort.precision import set_precision
 from engine.config import ConfigError
 from engine.files import read_text, write_json
 from engine.ranks.collectives import Launch, choose_device, group_of, start
-from engine.ranks.exchange import Exchange
+from engine.ranks.exchanging.exchange import Exchange
 from engine.ranks.planning.choosing import plan_scoring
 from engine.reporting.predictions import write_classes, write_confusion, write_images
 from engine.safety import loading

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from engine.ranks.hierarchy import Hierarchy
-from engine.ranks.levels import Judge, Verdict
+from engine.ranks.exchanging.hierarchy import Hierarchy
+from engine.ranks.exchanging.levels import Judge, Verdict
+from engine.ranks.exchanging.routes import Widths
+from engine.ranks.exchanging.traffic import Traffic, in_one_level, in_two_levels
 from engine.ranks.planning.planner import Cluster
-from engine.ranks.routes import Widths
-from engine.ranks.traffic import Traffic, in_one_level, in_two_levels
 
 
 def judge_of(wanted: Literal["auto", "flat", "hierarchical"], cluster: Cluster) -> Judge | None:

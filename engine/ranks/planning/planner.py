@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from data_pipelines.sources.sections import PHOTOS
 from engine.config import RunConfig
+from engine.ranks.exchanging.traffic import Traffic, traffic_of_all
 from engine.ranks.placement import Group, Placement, Share
 from engine.ranks.planning.footprint import footprint_of
 from engine.ranks.planning.hardware import BUCKET, DECODED, DECODED_ON_CPU, LATENCY, LINKS, MESSAGE, OVERLAPPED, Gpu
-from engine.ranks.traffic import Traffic, traffic_of_all
 from losses import METHODS
 
 _Shares = tuple[Share, ...]

@@ -18,7 +18,7 @@ from engine.ranks.tables import ShardedTable, WholeTable
 from engine.training.step import train_step
 from engine.training.timing import Clock
 from losses import Progress
-from tests.engine.ranks.test_exchange import ROWS
+from tests.engine.ranks.exchanging.test_exchange import ROWS
 from tests.engine.stepping import (
     CPU,
     STEPS_PER_EPOCH,

@@ -8,7 +8,7 @@ from engine.config import RunConfig
 from engine.training.step import train_step
 from losses import Progress
 from tests.engine.cohort.test_contrastive import COLOCATED, SPREAD, WIDTH, a_config
-from tests.engine.ranks.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
+from tests.engine.ranks.exchanging.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
 from tests.engine.stepping import (
     CLASSES,
     STEPS_PER_EPOCH,

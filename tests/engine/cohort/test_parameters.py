@@ -17,13 +17,13 @@ from engine.cohort.cohort import Cohort
 from engine.config import ConfigError, RunConfig
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch, group_of
-from engine.ranks.exchange import Exchange
+from engine.ranks.exchanging.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.safety import checkpoint, loading
 from engine.training.step import train_step
 from losses import METHODS, PeerInfo, Progress
 from losses.capabilities import AfterStep
-from tests.engine.ranks.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
+from tests.engine.ranks.exchanging.test_exchange import BF16, FLOAT, ROWS, Call, Parts, Recorder, agreement
 from tests.engine.stepping import (
     CLASSES,
     STEPS_PER_EPOCH,

@@ -14,7 +14,7 @@ from engine.config import ConfigError, RunConfig
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint, loading
 from models.stages import plain_state
-from tests.engine.ranks.test_exchange import FLOAT, ROWS, counted
+from tests.engine.ranks.exchanging.test_exchange import FLOAT, ROWS, counted
 from tests.engine.stepping import CLASSES, cohort_of, config_of, do_steps
 from tests.kills import assert_same_state, final_state, kill_after_step, numbers
 from tests.launch.command import run_command

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_pipelines.order import part
 from engine.ranks.tables import ShardedTable, WholeTable, load_parts, make_table, parts
-from tests.engine.ranks.test_exchange import Call, Recorder
+from tests.engine.ranks.exchanging.test_exchange import Call, Recorder
 from tests.engine.stepping import CPU
 from tests.worlds import run_world
 

@@ -20,7 +20,7 @@ from data_pipelines import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.resident import ResidentSet
 from engine.ranks.collectives import group_of
-from engine.ranks.exchange import Exchange
+from engine.ranks.exchanging.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.training.calibration import excess
 from engine.training.evaluation import Score, Scores, evaluate

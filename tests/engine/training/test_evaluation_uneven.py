@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.ranks.collectives import group_of
-from engine.ranks.exchange import Exchange
+from engine.ranks.exchanging.exchange import Exchange
 from engine.ranks.planning.choosing import balanced
 from engine.training.evaluation import Scores, evaluate
 from tests.engine.training.test_evaluation import CPU, Cut, assert_same_scores, by_hand, networks

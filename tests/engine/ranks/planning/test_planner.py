@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.ranks.exchanging.traffic import traffic, traffic_of_all
 from engine.ranks.placement import Placement
 from engine.ranks.planning.choosing import AUTO, automatic, balanced, candidates, plan
 from engine.ranks.planning.costs import costs_of
@@ -28,7 +29,6 @@ from engine.ranks.planning.planner import (
     predict,
     short,
 )
-from engine.ranks.traffic import traffic, traffic_of_all
 from tests.engine.stepping import config_of
 
 H100 = GPUS["h100"]

@@ -18,10 +18,10 @@ from engine.ranks.collectives import (
     gather_objects,
     leave,
 )
-from engine.ranks.levels import Judge, Levels
-from engine.ranks.packing import Shapes, apart, as_digits, as_numbers, block_of, packed, size_of, unpacked
+from engine.ranks.exchanging.levels import Judge, Levels
+from engine.ranks.exchanging.packing import Shapes, apart, as_digits, as_numbers, block_of, packed, size_of, unpacked
+from engine.ranks.exchanging.routes import NUMBERS_OF_A_ROW, Widths, gathers
 from engine.ranks.placement import Placement, Share, interval
-from engine.ranks.routes import NUMBERS_OF_A_ROW, Widths, gathers
 from losses import Signals
 
 

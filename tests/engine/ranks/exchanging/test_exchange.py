@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.config import RunConfig
 from engine.ranks.collectives import all_gather, all_gather_with_gradient, group_of
-from engine.ranks.exchange import Exchange
+from engine.ranks.exchanging.exchange import Exchange
 from engine.ranks.placement import Placement
 from engine.training.step import train_step
 from engine.training.timing import Clock

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.ranks.collectives import all_to_all_with_gradient, group_of
-from engine.ranks.exchange import Exchange
+from engine.ranks.exchanging.exchange import Exchange
+from engine.ranks.exchanging.routes import NUMBERS_OF_A_ROW, route
+from engine.ranks.exchanging.traffic import traffic
 from engine.ranks.placement import Placement
 from engine.ranks.planning.choosing import balanced
-from engine.ranks.routes import NUMBERS_OF_A_ROW, route
-from engine.ranks.traffic import traffic
-from tests.engine.ranks.test_exchange import (
+from tests.engine.ranks.exchanging.test_exchange import (
     BF16,
     CLASS_IDS,
     FLOAT,

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.ranks.collectives import gather_objects, group_of, leave
-from engine.ranks.hierarchy import Hierarchy, hierarchy
-from engine.ranks.packing import Block, packed_across, packed_within
+from engine.ranks.exchanging.hierarchy import Hierarchy, hierarchy
+from engine.ranks.exchanging.packing import Block, packed_across, packed_within
+from engine.ranks.exchanging.routes import Route, Widths, route
 from engine.ranks.placement import Placement, Share
-from engine.ranks.routes import Route, Widths, route
 
 Send = Callable[[Tensor, list[int], list[int], dist.ProcessGroup], Tensor]
 """An all-to-all, with gradient or without."""

@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 
 from engine.ranks.collectives import group_of
-from engine.ranks.exchange import Exchange
-from engine.ranks.hierarchy import Hierarchy, hierarchy
+from engine.ranks.exchanging.exchange import Exchange
+from engine.ranks.exchanging.hierarchy import Hierarchy, hierarchy
+from engine.ranks.exchanging.routes import NUMBERS_OF_A_ROW, Route, Widths, route
+from engine.ranks.exchanging.traffic import Traffic, in_one_level, in_two_levels, traffic
 from engine.ranks.placement import Placement
 from engine.ranks.planning.choosing import AUTO, balanced
 from engine.ranks.planning.levels import judge_of
-from engine.ranks.routes import NUMBERS_OF_A_ROW, Route, Widths, route
-from engine.ranks.traffic import Traffic, in_one_level, in_two_levels, traffic
-from tests.engine.ranks.test_exchange import CLASS_IDS, FLOAT, IMAGE_IDS, Recorder
-from tests.engine.ranks.test_uneven_exchange import value
+from tests.engine.ranks.exchanging.test_exchange import CLASS_IDS, FLOAT, IMAGE_IDS, Recorder
+from tests.engine.ranks.exchanging.test_uneven_exchange import value
 from tests.worlds import run_world
 
 ROWS = 11

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.ranks.hierarchy import Hierarchy, hierarchy
+from engine.ranks.exchanging.hierarchy import Hierarchy, hierarchy
+from engine.ranks.exchanging.routes import Counts, Route, Widths, gathers, route
 from engine.ranks.placement import Placement, Share
-from engine.ranks.routes import Counts, Route, Widths, gathers, route
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from engine.ranks.routes import Counts, Route, Widths
+from engine.ranks.exchanging.routes import Counts, Route, Widths
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.ranks.hierarchy import Hierarchy
-from engine.ranks.routes import Route, Widths
+from engine.ranks.exchanging.hierarchy import Hierarchy
+from engine.ranks.exchanging.routes import Route, Widths
 from losses import Signals
 
 Shapes = list[tuple[str, tuple[int, ...]]]
