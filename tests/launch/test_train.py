@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from engine import trainer
 from engine.config.loading import describe, load
@@ -144,6 +146,10 @@ def test_a_run_that_a_signal_ended_prints_no_table_and_says_so_to_scripts(
     train_step, preempted = trainer.train_step, tmp_path / "preempted"
 
     def interrupted(*arguments: Any) -> Any:
+        # wandb, which starts beside training, is waited for a few seconds after a signal and no longer.
+        deadline = time.monotonic() + 60
+        while wandb.run is None and time.monotonic() < deadline:
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         return train_step(*arguments)
 

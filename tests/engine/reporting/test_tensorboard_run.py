@@ -11,8 +11,6 @@ from engine.reporting.tensorboard_run import TensorBoardRun
 from engine.reporting.tracking import read_metrics
 from tests.runs import small_run, train_here
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def scalars(run: Path) -> dict[tuple[str, int], float]:
     """What TensorBoard shows: (name, step) to value."""
