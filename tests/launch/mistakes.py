@@ -45,9 +45,9 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "unknown_section_like_none": ("foo=3", f"foo = 3: unknown key; a config has: {SECTIONS}"),
     "misspelt_key": (
         "train.epoch=3",
-        "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, bce_sum, bce_threshold, "
-        "clip_factor, clip_norm, drop_path, ema_decay, ema_warmup, epochs, loss, max_skipped, max_steps, sync_bn, "
-        "timeout",
+        "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, batch_peers, bce_sum, "
+        "bce_threshold, clip_factor, clip_norm, drop_path, ema_decay, ema_warmup, epochs, loss, max_skipped, "
+        "max_steps, peer_threads, sync_bn, timeout",
     ),
     "misspelt_key_of_a_peer": (
         "peers.0.netwrk=x",

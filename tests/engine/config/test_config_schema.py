@@ -44,9 +44,9 @@ UNLIKE_NAMES = [{"network": "cifar_resnet8_b", "copies": 2, "name": "a"}, {"netw
     [
         (
             {"train": {"epoch": 3}},
-            "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, bce_sum, bce_threshold, "
-            "clip_factor, clip_norm, drop_path, ema_decay, ema_warmup, epochs, loss, max_skipped, max_steps, sync_bn, "
-            "timeout",
+            "train.epoch = 3: unknown key; did you mean 'epochs'?; train has: accumulation, batch_peers, bce_sum, "
+            "bce_threshold, clip_factor, clip_norm, drop_path, ema_decay, ema_warmup, epochs, loss, max_skipped, "
+            "max_steps, peer_threads, sync_bn, timeout",
         ),
         ({"train": {"epochs": "3"}}, "train.epochs = '3': expected an integer"),
         ({"train": {"epochs": True}}, "train.epochs = True: expected an integer"),
