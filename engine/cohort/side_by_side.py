@@ -28,6 +28,8 @@ def hindrance(config: RunConfig, placement: Placement, device: torch.device) -> 
         return "the peers are updated one after another"
     if config.precision.compile:
         return "precision.compile compiles the peers one by one"
+    if config.train.batch_peers != "off":
+        return f"train.batch_peers = {config.train.batch_peers} computes peers as one"
     if config.train.drop_path:
         return "train.drop_path has each peer draw the paths that it drops"
     if len(placement.residents) < 2:

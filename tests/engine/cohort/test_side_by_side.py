@@ -74,10 +74,11 @@ def test_networks_that_draw_random_numbers_are_refused() -> None:
         ({"method": {"name": "one"}}, "branches of one network"),
         ({"method": {"name": "dml", "order": "sequential"}}, "one after another"),
         ({"precision": {"compile": True}}, "compiles the peers one by one"),
+        ({"train": {"batch_peers": "auto"}}, "computes peers as one"),
         ({"peers": 1, "method": {"name": "independent"}}, "there is one peer"),
     ],
 )
 def test_where_it_cannot_be_is_said_before_anything_starts(sections: dict[str, Any], reason: str) -> None:
-    config = config_of(**sections, train={"peer_threads": 2})
+    config = config_of(**{**sections, "train": {**sections.get("train", {}), "peer_threads": 2}})
     with pytest.raises(ConfigError, match=f"train.peer_threads = 2: .*{reason}"):
         check_run(config, Launch(0, 0, 1))
