@@ -73,6 +73,12 @@ def agents(*started: Agent) -> Iterator[None]:
             agent.process.wait()
 
 
+def _answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
 def wait(due: Callable[[], bool], *running: Agent, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not due():
@@ -136,7 +142,7 @@ def two_agents(tmp_path: Path, file: Path, *options: str) -> tuple[Agent, Agent]
         port = probe.getsockname()[1]
     options = ("--nproc-per-node=1", "--max-restarts=3", f"--rdzv-endpoint=127.0.0.1:{port}", *options)
     first = Agent(tmp_path / "first", file, *options)
-    time.sleep(1)  # The first one holds the store of the agents.
+    wait(lambda: _answers(port), first)  # It holds the store of the agents.
     return first, Agent(tmp_path / "second", file, *options)
 
 
@@ -175,6 +181,33 @@ def test_an_agent_that_dies_is_survived_by_the_other_with_fewer_ranks(
     assert "going on at step" in first.text()
     assert_same_state(final_state(config.folder), final_state(undisturbed), relative=1e-3)
     assert [line["step"] for line in numbers(config.folder)] == [line["step"] for line in numbers(undisturbed)]
+
+
+def test_a_rank_of_uneven_ones_is_replaced(tiny: Path, tmp_path: Path) -> None:
+    peers = [
+        {"network": "cifar_resnet8_b", "name": f"p{k}", "options": {"width": width}} for k, width in enumerate((4, 8))
+    ]
+    config = small_run(
+        tiny,
+        tmp_path / "run",
+        peers=peers,
+        placement={"kind": "balanced", "ranks": {"p0": 1, "p1": 2}},
+        train={"epochs": 8, "timeout": 20.0},
+        checkpoint={"every_steps": 3},
+        evaluation={"every_epochs": 4},
+        log={"every_steps": 1},
+    )
+    (tmp_path / "run.yaml").write_text(dump(config))
+    agent = Agent(tmp_path / "output", tmp_path / "run.yaml", *ALONE, "--nproc-per-node=3", "--max-restarts=1")
+    with agents(agent):
+        wait(lambda: last_step(config.folder) >= 10, agent)
+        os.kill(agent.workers()[2], signal.SIGKILL)
+        assert agent.process.wait(150) == 0, agent.text()
+    assert agent.text().count("balanced: peer 0 on 1 rank, peer 1 on 2 ranks, 3 in all") == 2
+    assert agent.text().count("going on at step") == 1
+    run_ranks(3, train_here, config.model_copy(update={"dir": tmp_path / "undisturbed"}))
+    assert_same_state(final_state(config.folder), final_state(tmp_path / "undisturbed"))
+    assert numbers(config.folder) == numbers(tmp_path / "undisturbed")
 
 
 def test_the_first_failure_is_what_one_reads_at_the_end(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
