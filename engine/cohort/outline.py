@@ -27,6 +27,10 @@ class Outline:
     trunk: str | None
 
 
+_SEEN: dict[tuple[object, ...], tuple[str, int, list[Stage]]] = {}
+"""Classifier, width and stages of networks, which peers often have in common; to find them takes a pass."""
+
+
 def outline(
     config: RunConfig,
     index: int,
@@ -53,12 +57,13 @@ def outline(
     looks_inside = method.head is not Method.head or looks_at_stages(method, options) or shows_more
     if not looks_inside:
         return Outline(info, {}, {}, None)
-    with weightless(peer.network):
-        whole = models.create(peer.network, num_classes, channels, **peer.options)
-    classifier, width = models.pooled_features(whole)
-    found: list[Stage] = []
-    if looks_at_stages(method, options):
-        found = stages(whole, channels, image_size)
+    staged = looks_at_stages(method, options)
+    key = (peer.network, repr(sorted(peer.options.items())), num_classes, channels, image_size, staged)
+    if key not in _SEEN:
+        with weightless(peer.network):
+            whole = models.create(peer.network, num_classes, channels, **peer.options)
+        _SEEN[key] = (*models.pooled_features(whole), stages(whole, channels, image_size) if staged else [])
+    classifier, width, found = _SEEN[key]
     tapped = method.taps(options, len(found)) if issubclass(method, StageTaps) else ()
     taps = {f"stage{j}": found[j - 1].module for j in tapped}
     trunk = trunk_of(method, options, len(found))
