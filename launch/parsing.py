@@ -14,6 +14,9 @@ from typing import NoReturn
 
 from launch.with_parent import obey_signals
 
+_BEGUN = time.monotonic()
+"""About when this process began. Where that is long ago the machine is busy, and other ranks are late too."""
+
 
 def say(message: str) -> None:
     """Says a mistake once, from rank 0, or from another where rank 0 has not ended by the same."""
@@ -24,7 +27,7 @@ def say(message: str) -> None:
     # torchrun ends the others as soon as one rank has ended: rank 0 shall have spoken by then, and there is no run that
     # its signal should wait for.
     obey_signals()
-    time.sleep(10)
+    time.sleep(max(10.0, 3 * (time.monotonic() - _BEGUN)))
     print(f"error: rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
 
 

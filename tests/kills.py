@@ -46,7 +46,7 @@ def running(
 
 def kill_run(size: int, config: RunConfig, due: Callable[[], bool], *, victim: int, mercy: float) -> None:
     """Starts a run and kills the rank `victim` (SIGKILL) as soon as `due()`, and the others `mercy` seconds later."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     with running(size, config) as ranks:
         while not due():
             alive = [process.is_alive() for process in ranks]

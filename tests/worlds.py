@@ -28,7 +28,7 @@ def _context() -> ForkServerContext:
     return context
 
 
-def run_world(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+def run_world(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
     """Calls `function(*arguments)`, a function at the top of a module, on every rank of a new gloo world.
 
     Returns:
@@ -40,7 +40,7 @@ def run_world(size: int, function: Callable[..., Any], *arguments: Any, timeout:
     return run_ranks(size, _with_process_group, function, *arguments, timeout=timeout)
 
 
-def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
     """As `run_world`, for functions that start the process group themselves, from what torchrun's environment says."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -161,5 +161,5 @@ def test_mistakes(run: Path, arguments: list[str], message: str) -> None:
 def test_as_a_command_of_its_own(run: Path) -> None:
     flip_a_bit(checkpoint.folder_of(run, 10) / PEER)
     command = [sys.executable, "launch/checkpoint.py", "verify", str(run)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout.count("whole"), done.stderr) == (1, 4, "")

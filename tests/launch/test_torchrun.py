@@ -79,7 +79,7 @@ def _answers(port: int) -> bool:
     return False
 
 
-def wait(due: Callable[[], bool], *running: Agent, seconds: float = 120) -> None:
+def wait(due: Callable[[], bool], *running: Agent, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not due():
         assert time.monotonic() < deadline, "\n".join(agent.text() for agent in running)

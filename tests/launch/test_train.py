@@ -147,7 +147,7 @@ def test_a_run_that_a_signal_ended_prints_no_table_and_says_so_to_scripts(
 
     def interrupted(*arguments: Any) -> Any:
         # wandb, which starts beside training, is waited for a few seconds after a signal and no longer.
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while wandb.run is None and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)

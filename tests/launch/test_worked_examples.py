@@ -44,7 +44,7 @@ def test_a_network_and_a_method_of_ones_own_train_by_the_pages(tmp_path: Path) -
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -60,7 +60,7 @@ def misbehave(config: RunConfig, culprit: int, how: str) -> None:
 def test_the_others_name_the_rank_that_is_lost(tiny: Path, tmp_path: Path, culprit: int, how: str) -> None:
     config = small_run(tiny, tmp_path, peers=3, train={"timeout": TIMEOUT})
     others = [rank for rank in range(3) if rank != culprit]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     with running(3, config, misbehave, culprit, how):
         while not all((tmp_path / f"rank{rank}").exists() for rank in others):
             assert time.monotonic() < deadline, "a rank did not end within 60 s"
@@ -90,7 +90,7 @@ def test_a_rank_whose_program_hangs_is_named_before_the_others_give_up(tiny: Pat
     """NCCL ends the process of who gives up, so then is too late."""
     config = small_run(tiny, tmp_path, peers=3, train={"timeout": 14.0})
     said = tmp_path / "said0"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     with running(3, config, misbehave_aloud):
         while not said.exists() or "waits" not in said.read_text():
             assert time.monotonic() < deadline, "nothing was said within 60 s"

@@ -35,7 +35,7 @@ def train_by_command(config: RunConfig, at: Path, **environment: str) -> subproc
     path.write_text(dump(config))
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_API_KEY": KEY, **environment}
     command = [sys.executable, "launch/train.py", str(path)]
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 def test_secrets_of_the_environment_are_in_no_file_of_a_run(tiny: Path, tmp_path: Path, wandb: str) -> None:
     (tmp_path / "run").mkdir()
     config = small_run(tiny, tmp_path / "run", train={"epochs": 1}, log={"wandb": wandb})
-    run_ranks(1, train_with_a_secret, config, timeout=100)
+    run_ranks(1, train_with_a_secret, config, timeout=240)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     names = {path.name for path in files}
     assert names >= {"starts.json", "config.yaml", "metrics.jsonl", "manifest.json", "shared.pt"}

@@ -202,7 +202,7 @@ def test_all_ranks_refuse_alike_what_one_rank_cannot_use(tiny: Path, run: Path, 
     inflict, expected = CANNOT_BE_USED[damage]
     at = checkpoint.folder_of(run, 10)
     inflict(at)
-    of_rank_0, of_rank_1 = run_ranks(2, tell_refusal, a_run(tiny, run), timeout=60)
+    of_rank_0, of_rank_1 = run_ranks(2, tell_refusal, a_run(tiny, run), timeout=240)
     assert of_rank_0 == of_rank_1
     assert of_rank_0.startswith(expected.format(at=at))
 

@@ -46,7 +46,7 @@ def go_on(config: RunConfig) -> str:
 
 def goes_on_or_names_it(tiny: Path, run: Path, name: str, kind: str) -> None:
     secret = put(run, name, kind)
-    [said] = run_ranks(1, go_on, a_run(tiny, run, train={"epochs": 3}), timeout=60)
+    [said] = run_ranks(1, go_on, a_run(tiny, run, train={"epochs": 3}), timeout=240)
     assert not said or str(run / name) in said, (name, kind, said)
     assert secret.read_bytes() == SECRET, (name, kind)
 
@@ -73,7 +73,7 @@ def test_every_file_that_a_command_looks_at(whole: Path, tmp_path: Path, command
         secret = put(run, name, "pipe" if index % 2 else "link")
         program, *options = command.replace("OUT", str(tmp_path / "out")).split()
         words = [sys.executable, "-m", f"launch.{program}", *options, str(run)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[3])
+        done = subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[3])
         assert "Traceback" not in done.stderr
         assert done.returncode == 0 or str(run / name) in done.stderr, (name, done.stderr)
         assert secret.read_bytes() == SECRET

@@ -128,7 +128,7 @@ def test_training_goes_on_where_checkpoints_is_a_file(
 def test_training_goes_on_on_all_ranks_where_checkpoints_is_a_file(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("not a folder")
     with pytest.raises(RuntimeError, match=r"NotSavedError: .* step 5, the last, could not be saved"):
-        run_ranks(2, train_here, a_run(tiny, tmp_path, train={"epochs": 1}), timeout=90)
+        run_ranks(2, train_here, a_run(tiny, tmp_path, train={"epochs": 1}), timeout=240)
     assert read_metrics(tmp_path)[-1]["step"] == 5
     assert (tmp_path / "checkpoints").read_text() == "not a folder"
 
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_training_goes_on(
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoints").symlink_to(small_disk)
-    said = run_ranks(ranks, train_and_listen, a_run(tiny, run), tmp_path / "said", timeout=60)[0]
+    said = run_ranks(ranks, train_and_listen, a_run(tiny, run), tmp_path / "said", timeout=240)[0]
     failures = not_written(said)
     assert [step for step, _ in failures] == [5, 6, 9, 10, 10]
     for step, reason in failures:  # Of two ranks, which fill the disk together, either may meet its end.
@@ -170,7 +170,7 @@ def test_a_run_on_a_full_disk_goes_on_with_all_its_metrics(
     tiny: Path, whole: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     """Checkpoints, metrics and all else on one disk, which a checkpoint beside training fills now and then."""
-    run_ranks(2, train_and_listen, a_run(tiny, small_disk, train={"epochs": 2}), tmp_path / "said", timeout=60)
+    run_ranks(2, train_and_listen, a_run(tiny, small_disk, train={"epochs": 2}), tmp_path / "said", timeout=240)
     assert [line["step"] for line in read_metrics(small_disk)] == [line["step"] for line in read_metrics(whole)]
     assert checkpoint.steps_on_disk(small_disk)
     for step in checkpoint.steps_on_disk(small_disk):
@@ -199,7 +199,7 @@ def train_and_listen(config: RunConfig, at: Path, largest_file: int | None = Non
 def test_a_disk_that_takes_no_file_of_that_size_leaves_no_traces(tiny: Path, tmp_path: Path, ranks: int) -> None:
     """The kernel's limit on file sizes needs no privileges; peers' files are larger, those of the metrics smaller."""
     config = a_run(tiny, tmp_path / "run")
-    said = run_ranks(ranks, train_and_listen, config, tmp_path / "said", 20_000, timeout=60)[0]
+    said = run_ranks(ranks, train_and_listen, config, tmp_path / "said", 20_000, timeout=240)[0]
     too_large = f"{tmp_path}/run/checkpoints/step_{{:08d}}.tmp/peer_cifar_resnet8_b-0.pt: File too large"
     assert not_written(said) == [(step, too_large.format(step)) for step in (3, 5, 6, 9, 10, 10)]
     assert read_metrics(tmp_path / "run")[-1]["step"] == 10
