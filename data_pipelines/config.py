@@ -16,8 +16,7 @@ from pydantic import (
 from data_pipelines.augmentation.sections import Augmentations
 from data_pipelines.augmentation.spatial import BLUR
 from data_pipelines.keys import AnyPath, Only, Section
-from data_pipelines.sources.sections import OF_PHOTOS, SourceConfig
-from data_pipelines.sources.standard_sets import STANDARD
+from data_pipelines.sources.sections import OF_PHOTOS, OF_SMALL_SETS, SourceConfig
 
 MOVED = {
     "padding": ("augmentation", "padding"),
@@ -43,7 +42,6 @@ def with_moved_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     return renewed
 
 
-_SMALL = Only("dataset", (*STANDARD, "npz"), "the data sets of 28 and 32 pixels, and npz")
 _SHUFFLE = Only("sampler", ("shuffle",), "shuffle")
 _TUPLES = Only("sampler", ("class_balanced", "class_tuples"), "class_balanced and class_tuples")
 
@@ -61,6 +59,7 @@ _LATER_KEYS = (
     "fraction",
     "class_weights",
     "shape",
+    "scale_to",
     "shared_decode",
     "repeats",
     "on_error",
@@ -112,13 +111,13 @@ class ImageConfig(Section):
 class AugmentationConfig(Augmentations):
     """How training images are changed, each time anew."""
 
-    padding: Annotated[int, _SMALL] = Field(
+    padding: Annotated[int, OF_SMALL_SETS] = Field(
         default=4, ge=0, description="Pixels added on each side before the random crop (28, 32 px sets)."
     )
-    padding_mode: Annotated[Literal["reflect", "zeros"], _SMALL] = Field(
+    padding_mode: Annotated[Literal["reflect", "zeros"], OF_SMALL_SETS] = Field(
         default="reflect", description="What the added pixels show: the mirrored image, or black (28, 32 px sets)."
     )
-    flip: Annotated[bool, _SMALL] = Field(
+    flip: Annotated[bool, OF_SMALL_SETS] = Field(
         default=True, description="Whether every second image is mirrored, by chance (28, 32 px sets)."
     )
     crop_area: Annotated[_Range, OF_PHOTOS] = Field(
@@ -312,7 +311,7 @@ class DataConfig(SourceConfig):
     @property
     def side(self) -> int:
         """Side of the images a network sees, in pixels."""
-        return self.image.size if self.photos else self.small[0]
+        return self.image.size if self.photos else self.scale_to or self.small[0]
 
 
 def _conditional(model: type[BaseModel]) -> list[tuple[tuple[str, ...], Only]]:

@@ -85,7 +85,7 @@ def open_validation(
         source = open_validation_alone(config.where, classes)
         pipeline = ImageFolder(whole, 0, device, (source, source))
     elif config.dataset == "npz":
-        val, names = npz.read_validation(config.folder, config.where.val_root, config.side, config.channels)
+        val, names = npz.read_validation(config.folder, config.where.val_root, *config.small)
         pipeline = ResidentSet(whole, 0, device, (val, val, names))
     else:
         pipeline = ResidentSet(whole, 0, device)

@@ -18,6 +18,7 @@ PHOTOS = ("image_folder", "webdataset", "hub")
 """The data sets of encoded photos of any size, which are decoded as they are shown."""
 
 OF_PHOTOS = Only("dataset", PHOTOS, "image_folder, webdataset and hub")
+OF_SMALL_SETS = Only("dataset", (*STANDARD, "npz"), "the data sets of 28 and 32 pixels, and npz")
 _MOVABLE = Only("dataset", (*PHOTOS, "npz"), "image_folder, webdataset, hub and npz")
 _NPZ = Only("dataset", ("npz",), "npz")
 _HUB = Only("dataset", ("hub",), "hub")
@@ -92,6 +93,12 @@ class SourceConfig(Section):
     shape: Annotated[Annotated[tuple[int, int], Strict(False)] | None, _NPZ] = Field(
         default=None, description="Side of the images in pixels, and their channels; null: as the file says (npz)."
     )
+    scale_to: Annotated[int | None, OF_SMALL_SETS] = Field(
+        default=None,
+        ge=1,
+        description="Side in pixels to which all images are scaled once, bilinearly, with antialiasing where they "
+        "shrink; null: as they are (28, 32 px sets, npz).",
+    )
     cache: Annotated[AnyPath | None, OF_PHOTOS] = Field(
         default=None,
         description="A folder for what is known of the data set from one start to the next (listings, indices); null: "
@@ -150,7 +157,7 @@ class SourceConfig(Section):
 
     @property
     def small(self) -> tuple[int, int]:
-        """Side and channels of images that are all alike."""
+        """Side and channels of images that are all alike, as they are on disk."""
         standard = STANDARD.get(self.dataset)
         return (standard.side, standard.channels) if standard else self.shape or (0, 0)
 

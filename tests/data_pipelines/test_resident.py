@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_pipelines import DataConfig, DataError, Pipeline, open_pipeline, order
 from data_pipelines.pixels import Normalise
@@ -196,6 +197,20 @@ def test_validation_images_are_not_augmented(fashion: Path) -> None:
     images, labels = (getattr(STANDARD["fashion_mnist"].read(fashion)[1], key)[11:] for key in ("images", "labels"))
     np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1).numpy(), (images / 255 - 0.2860) / 0.3530, atol=1e-6)
     assert batch.targets.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("side", [14, 32])
+def test_images_are_scaled_as_by_pil(fashion: Path, side: int) -> None:
+    pipeline = _open(fashion, scale_to=side, mean=[0.0], std=[1 / 255], augmentation={"padding": 0, "flip": False})
+    assert pipeline.image_size == side
+    train, test = STANDARD["fashion_mnist"].read(fashion)
+    (batch,) = pipeline.evaluate(0, 1, 100)
+    (first, *_) = pipeline.train(0, 0, slice(0, 10))
+    for split, shown, ids in ((test, batch.images, batch.ids), (train, first.images, first.ids)):
+        assert shown.shape == (len(ids), 1, side, side)
+        for image, i in zip(shown, ids, strict=True):
+            expected = Image.fromarray(split.images[i, ..., 0]).resize((side, side), Image.Resampling.BILINEAR)
+            assert (image[0] - torch.from_numpy(np.array(expected, np.float32))).abs().max() <= 1
 
 
 def test_normalise_against_its_definition() -> None:

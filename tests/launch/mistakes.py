@@ -282,8 +282,8 @@ OVERRIDES: dict[str, tuple[str, str]] = {
         "data.paddng=3",
         "data.paddng = 3: unknown key; did you mean 'augmentation.padding'?; data has: augmentation, cache, "
         "class_weights, classes, dataset, decoding, fraction, global_batch, held_out, image, images_per_class, "
-        "label_column, links, max_bad, mean, on_error, repeats, root, sampler, shape, shared_decode, std, val_labels, "
-        "val_root, views",
+        "label_column, links, max_bad, mean, on_error, repeats, root, sampler, scale_to, shape, shared_decode, std, "
+        "val_labels, val_root, views",
     ),
     "misspelt_key_of_a_section_in_a_section": (
         "data.augmentation.paddng=3",
