@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,12 +136,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert numbers(config.folder) == numbers(undisturbed)
 
 
-def two_agents(tmp_path: Path, file: Path, *options: str) -> tuple[Agent, Agent]:
-    """One rank each, as on two machines."""
+def two_agents(tmp_path: Path, file: Path, *options: str, ranks: int = 1) -> tuple[Agent, Agent]:
+    """With so many ranks each, as on two machines."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ("--nproc-per-node=1", "--max-restarts=3", f"--rdzv-endpoint=127.0.0.1:{port}", *options)
+    options = (f"--nproc-per-node={ranks}", "--max-restarts=3", f"--rdzv-endpoint=127.0.0.1:{port}", *options)
     first = Agent(tmp_path / "first", file, *options)
     wait(lambda: _answers(port), first)  # It holds the store of the agents.
     return first, Agent(tmp_path / "second", file, *options)
@@ -167,7 +168,7 @@ def test_an_agent_that_dies_is_survived_by_the_other_with_fewer_ranks(
     run: tuple[RunConfig, Path], tmp_path: Path, undisturbed: Path
 ) -> None:
     config, file = run
-    options = ("--nnodes=1:2", "--rdzv-id=elastic", "--rdzv-conf=last_call_timeout=5")
+    options = ("--nnodes=1:2", "--rdzv-id=elastic", "--rdzv-conf=last_call_timeout=30")
     first, second = two_agents(tmp_path, file, *options)
     with agents(first, second):
         wait(lambda: last_step(config.folder) >= 20, first, second)
@@ -183,20 +184,24 @@ def test_an_agent_that_dies_is_survived_by_the_other_with_fewer_ranks(
     assert [line["step"] for line in numbers(config.folder)] == [line["step"] for line in numbers(undisturbed)]
 
 
-def test_a_rank_of_uneven_ones_is_replaced(tiny: Path, tmp_path: Path) -> None:
+def uneven(tiny: Path, folder: Path, **placement: Any) -> RunConfig:
     peers = [
         {"network": "cifar_resnet8_b", "name": f"p{k}", "options": {"width": width}} for k, width in enumerate((4, 8))
     ]
-    config = small_run(
+    return small_run(
         tiny,
-        tmp_path / "run",
+        folder,
         peers=peers,
-        placement={"kind": "balanced", "ranks": {"p0": 1, "p1": 2}},
-        train={"epochs": 8, "timeout": 20.0},
+        placement={"kind": "balanced", **placement},
+        train={"epochs": 20, "timeout": 20.0},
         checkpoint={"every_steps": 3},
         evaluation={"every_epochs": 4},
         log={"every_steps": 1},
     )
+
+
+def test_a_rank_of_uneven_ones_is_replaced(tiny: Path, tmp_path: Path) -> None:
+    config = uneven(tiny, tmp_path / "run", ranks={"p0": 1, "p1": 2})
     (tmp_path / "run.yaml").write_text(dump(config))
     agent = Agent(tmp_path / "output", tmp_path / "run.yaml", *ALONE, "--nproc-per-node=3", "--max-restarts=1")
     with agents(agent):
@@ -208,6 +213,28 @@ def test_a_rank_of_uneven_ones_is_replaced(tiny: Path, tmp_path: Path) -> None:
     run_ranks(3, train_here, config.model_copy(update={"dir": tmp_path / "undisturbed"}))
     assert_same_state(final_state(config.folder), final_state(tmp_path / "undisturbed"))
     assert numbers(config.folder) == numbers(tmp_path / "undisturbed")
+
+
+def test_uneven_ranks_are_dealt_anew_where_a_machine_is_lost(tiny: Path, tmp_path: Path) -> None:
+    """By the rule of the planner: the peers cost 1 : 3.7 or so."""
+    config = uneven(tiny, tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(dump(config))
+    options = ("--nnodes=1:2", "--rdzv-id=uneven", "--rdzv-conf=last_call_timeout=30")
+    first, second = two_agents(tmp_path, tmp_path / "run.yaml", *options, ranks=2)
+    with agents(first, second):
+        wait(lambda: last_step(config.folder) >= 10, first, second)
+        victims = second.workers().values()
+        second.process.kill()
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        assert first.process.wait(240) == 0, first.text()
+    said = first.text() + second.text()
+    assert said.count("balanced: peer 0 on 1 rank, peer 1 on 3 ranks, 4 in all") == 1
+    now = "4 ranks at the start before, 2 now: peers live as spread: 1 of 2 peers a rank, 1 rank a peer, 2 in all"
+    assert first.text().count(now) == 1, first.text()
+    assert "going on at step" in first.text()
+    steps = [line["step"] for line in numbers(config.folder) if "train/p0/ce" in line]
+    assert steps == list(range(1, 101))
 
 
 def test_the_first_failure_is_what_one_reads_at_the_end(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
