@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from losses.capabilities import OuterProblem, OuterStep, StageTaps, Unsynchronised
+from losses.capabilities import EarlyExits, OuterProblem, OuterStep, StageTaps, Unsynchronised
 from losses.contract import PeerInfo, Progress, Signals, Terms
 from losses.contrast import ContrastiveOptions, Pair, totals
 from losses.functional import mixtures, tempered_log_softmax
@@ -48,7 +48,7 @@ class LMCLOptions(ContrastiveOptions):
     )
 
 
-class LMCL(OuterProblem, StageTaps, Unsynchronised, Contrastive):
+class LMCL(EarlyExits, OuterProblem, StageTaps, Unsynchronised, Contrastive):
     r"""Embeddings after every stage, contrasted between peers all-to-all, with weights that are learned.
 
     Peer i of S stages has an exit after each: after the last its own classifier, before it an auxiliary one. With the
@@ -115,6 +115,10 @@ class LMCL(OuterProblem, StageTaps, Unsynchronised, Contrastive):
 
     def head(self, peer: PeerInfo) -> nn.Module:
         return Exits(peer, self.options.width)
+
+    def num_exits(self, head: nn.Module) -> int:
+        assert isinstance(head, Exits)
+        return len(head.match)
 
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress

@@ -21,7 +21,7 @@ from engine.ranks.placement import Placement
 from engine.training import calibration
 from engine.training.predictions import Ledger, Predictions
 from engine.training.showing import shown
-from losses.capabilities import HeldOutSurveys, Teachers
+from losses.capabilities import EarlyExits, HeldOutSurveys, Teachers
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,8 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> tuple[dict[str, float
 
     Returns:
         `val/PEER/top1` and so on, and the same with `ema/`; `ensemble` stands beside the peers. The keys of
-        `metrics.jsonl`. Then, where `evaluation` asks for tables, what was named, see `score`.
+        `metrics.jsonl`, with those of `score_exits`. Then, where `evaluation` asks for tables, what was named, see
+        `score`.
     """
     averaged = bool(cohort.config.train.ema_decay) or isinstance(cohort.method, Teachers)
     networks = {"val": cohort.networks(), **({"ema": cohort.networks(ema=True)} if averaged else {})}
@@ -169,7 +170,7 @@ def evaluate_cohort(cohort: Cohort, pipeline: Pipeline) -> tuple[dict[str, float
     into = kept if wanted.per_class or wanted.confusion else None
     values = score(networks, cohort.config, cohort.exchange, cohort.placement, pipeline, cohort.device, into)
     _drop_maps(cohort)
-    return values, kept
+    return values | score_exits(cohort, pipeline), kept
 
 
 def score(
@@ -218,6 +219,33 @@ def score(
         if scores.unreadable:
             values[f"{prefix}/unreadable"] = scores.unreadable
     return values
+
+
+def score_exits(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
+    """Scores what a method has attached to earlier stages of its peers, see `EarlyExits`. Every rank calls it.
+
+    A pass of its own over the validation split: all else is scored on the networks alone, as they are deployed.
+
+    Returns:
+        `val/PEER/best_exit`: percent of images that the best of a peer's exits gets right; {} for other methods.
+    """
+    method, placement = cohort.method, cohort.placement
+    if not isinstance(method, EarlyExits):
+        return {}
+    peers: dict[int, nn.Module] = {k: resident.peer for k, resident in cohort.residents.items()}
+    heads = [resident.peer.head for resident in cohort.residents.values()]
+    most = torch.tensor(max(method.num_exits(head) for head in heads if head is not None), device=cohort.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    right = torch.zeros(placement.num_peers, int(most), dtype=torch.int64, device=cohort.device)
+    with _evaluated(peers), torch.inference_mode():
+        for rows in pipeline.evaluate(placement.replica, placement.replicas, cohort.config.evaluation.batch):
+            for k, peer in peers.items():
+                with precision.autocast(cohort.device, cohort.autocast):
+                    named = peer(rows.images)["exits"].argmax(-1)
+                right[k, : named.shape[1]] += (named == rows.targets[:, None]).sum(0)
+    dist.all_reduce(right)
+    best = (right.amax(1).double() * 100 / pipeline.eval_size).tolist()
+    return {f"val/{name}/best_exit": value for (name, _), value in zip(cohort.config.trained, best, strict=True)}
 
 
 def survey(cohort: Cohort, pipeline: Pipeline) -> bool:

@@ -6,6 +6,7 @@ The engine asks for it by its class.
 
 from losses.capabilities.after_step import ActsAfterStep, AfterStep, ExchangeAfterStep
 from losses.capabilities.all_rows import AllRows
+from losses.capabilities.early_exits import EarlyExits
 from losses.capabilities.held_out import HeldOutSurveys
 from losses.capabilities.look import LooksAtImages
 from losses.capabilities.meeting import MeetsAsJobs
@@ -22,6 +23,7 @@ __all__ = [
     "ActsAfterStep",
     "AfterStep",
     "AllRows",
+    "EarlyExits",
     "ExchangeAfterStep",
     "HeldOutSurveys",
     "LooksAtImages",

@@ -40,7 +40,7 @@ class Row:
         return spread_of(list(self.by_seed(measure, when).values()))
 
     def peers(self) -> dict[str, tuple[Spread, Spread]]:
-        """Of each peer, and of its average: at the last evaluation, and at its best."""
+        """Of each peer, of its average and of its best exit: at the last evaluation, and at its best."""
         found: dict[str, list[list[float]]] = {}
         for run in self.finished:
             for name, values in run.peers().items():

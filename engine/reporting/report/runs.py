@@ -81,10 +81,12 @@ class Run:
         return values
 
     def peers(self) -> dict[str, list[float]]:
-        """Top-1 in percent of each peer and of its average at each evaluation."""
+        """Top-1 in percent of each peer, of its average and of its best exit at each evaluation."""
         names = [name for name, _ in self.config.trained]
         keys = {name: f"val/{name}/top1" for name in names}
         keys |= {f"{name} (average)": f"ema/{name}/top1" for name in names if f"ema/{name}/top1" in self.scores[-1]}
+        exits = {f"{name} (best exit)": f"val/{name}/best_exit" for name in names}
+        keys |= {shown: key for shown, key in exits.items() if key in self.scores[-1]}
         return {shown: [scores[key] for scores in self.scores if key in scores] for shown, key in keys.items()}
 
     @property

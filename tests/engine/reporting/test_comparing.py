@@ -107,6 +107,15 @@ def test_rows_over_seeds_and_what_they_gain(tmp_path: Path) -> None:
     assert f"dml,2,True,deployed,85.0000,85.0000,{runs[5].folder}" in rows[1 + 5 * 5].split('",')[1]
 
 
+def test_the_best_exit_of_a_peer_stands_beside_it(tmp_path: Path) -> None:
+    run = made_up(tmp_path, "lmcl", 0, [70.0, 80.0])
+    for scores, best in zip(run.scores, (76.0, 75.0), strict=True):
+        scores["val/cifar_resnet8_b-1/best_exit"] = best
+    assert run.peers()["cifar_resnet8_b-1 (best exit)"] == [76.0, 75.0]
+    text = as_text("", "", compare([run]))
+    assert "| lmcl | cifar_resnet8_b-1 (best exit) | 75.00 | 76.00 |" in text
+
+
 def test_runs_of_another_recipe_are_refused_unless_that_is_meant(tmp_path: Path) -> None:
     one = made_up(tmp_path, "independent", 0, [70.0, 80.0])
     other = made_up(tmp_path, "dml", 0, [70.0, 80.0], optimizer={"lr": 0.2}, train={"epochs": 2, "clip_norm": 1.0})
