@@ -352,11 +352,9 @@ def test_methods_that_look_at_no_maps_train_networks_without_stages(method: dict
 
 
 def test_private_signals_stay_where_they_are() -> None:
+    private, shown = {"ep1", "ep2", "logits", "log_ep1", "log_ep2", "log_logits"}, {"probabilities", "negentropy"}
     for rank, found in enumerate(run_world(2, what_dcm_sees)):
-        assert [set(peer) for peer in found] == [
-            {"ep1", "ep2", "logits", "probabilities", "negentropy"} if k == rank else {"probabilities", "negentropy"}
-            for k in range(2)
-        ]
+        assert [set(peer) for peer in found] == [private | shown if k == rank else shown for k in range(2)]
 
 
 def what_dcm_sees() -> Any:
