@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """The marker of the same plugin."""
     if not config.pluginmanager.has_plugin("timeout"):
         config.addinivalue_line("markers", "timeout(seconds): no test is ended early here")
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """A run in this process takes signals for itself, and ignores them at its end: what is started next would inherit
+    that."""
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        if handler is not None:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from engine.config import RunConfig
 from engine.reporting.tracking import read_metrics
 from engine.safety import checkpoint, loading
 from tests.runs import train_here
-from tests.worlds import _context, _rank
+from tests.worlds import _context, _rank, free_port
 
 chance = random.SystemRandom()
 
@@ -28,9 +27,7 @@ def running(
     size: int, config: RunConfig, function: Callable[..., Any] = train_here, *arguments: Any
 ) -> Iterator[list[BaseProcess]]:
     """`function(config, *arguments)` on real ranks beside the test; whatever still runs at the end is killed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as name:
         calls = [(rank, size, port, Path(name), function, (config, *arguments)) for rank in range(size)]
         ranks: list[BaseProcess] = [_context().Process(target=_rank, args=call) for call in calls]

@@ -3,7 +3,9 @@ tenth of a second."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -28,6 +30,21 @@ def _context() -> ForkServerContext:
     return context
 
 
+_FIRST, _PORTS = 12_000, 2_000
+"""Below those that the system gives to whoever asks for any, and others for each worker of the tests."""
+_TRIED = itertools.count(os.getpid())
+
+
+def free_port() -> int:
+    """A port that a process started next can listen at."""
+    first = _FIRST + _PORTS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for tried in itertools.islice(_TRIED, _PORTS):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", first + tried % _PORTS))
+            return first + tried % _PORTS
+    raise OSError(f"no port of {first} to {first + _PORTS - 1} is free")
+
+
 def run_world(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
     """Calls `function(*arguments)`, a function at the top of a module, on every rank of a new gloo world.
 
@@ -42,9 +59,7 @@ def run_world(size: int, function: Callable[..., Any], *arguments: Any, timeout:
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
     """As `run_world`, for functions that start the process group themselves, from what torchrun's environment says."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [

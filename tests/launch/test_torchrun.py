@@ -20,7 +20,7 @@ from engine.config.loading import dump
 from engine.safety import loading
 from tests.kills import assert_same_state, final_state, last_step, numbers
 from tests.runs import small_run, train_here
-from tests.worlds import run_ranks
+from tests.worlds import free_port, run_ranks
 
 ROOT = Path(__file__).parents[2]
 ALONE = ["--nnodes=1", "--rdzv-endpoint=127.0.0.1:0"]
@@ -138,9 +138,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 def two_agents(tmp_path: Path, file: Path, *options: str, ranks: int = 1) -> tuple[Agent, Agent]:
     """With so many ranks each, as on two machines."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = (f"--nproc-per-node={ranks}", "--max-restarts=3", f"--rdzv-endpoint=127.0.0.1:{port}", *options)
     first = Agent(tmp_path / "first", file, *options)
     wait(lambda: _answers(port), first)  # It holds the store of the agents.
