@@ -11,12 +11,11 @@ only where something whole stays. It may run beside training: what is being writ
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from pathlib import Path
 
-from launch.parsing import parser
+from launch.parsing import parser, positive
 
 EPILOG = "Exit codes: 0 all is well, 1 verify has found damage, 2 a mistake in the command line, or show cannot read."
 
@@ -40,19 +39,13 @@ def main() -> None:
             text = "newest, best or a step (default: %(default)s)"
             command.add_argument("--checkpoint", default=default, metavar="WHICH", help=text)
         if name == "prune":
-            command.add_argument("--keep", type=_positive, required=True, metavar="N", help="newest that stay")
+            command.add_argument("--keep", type=positive, required=True, metavar="N", help="newest that stay")
             command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = arguments.parse_args()
     # Not before: torch takes seconds to import.
     from launch.commands.checkpoint import run
 
     sys.exit(run(options))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

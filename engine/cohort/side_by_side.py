@@ -9,32 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from engine.cohort import one_by_one
 from engine.config import ConfigError, RunConfig
 from engine.ranks.placement import Placement
-from losses import METHODS, Signals
-from losses.capabilities import trunk_of, turns_of
+from losses import Signals
 
 
 def hindrance(config: RunConfig, placement: Placement, device: torch.device) -> str | None:
     """Why peers of this rank cannot be computed at the same time; None where they can, by all that a config says."""
-    method = METHODS[config.method.name]
     if device.type != "cpu":
         return f"a {device.type} device has queues of its own"
     if placement.world > 1:
         return f"each of several ranks has its cores already, found {placement.world} ranks"
-    if trunk_of(method, config.method, 3) is not None:
-        return f"the peers of {method.name} are branches of one network"
-    if len(turns_of(method, config.method, len(config.cohort))) > 1:
-        return "the peers are updated one after another"
-    if config.precision.compile:
-        return "precision.compile compiles the peers one by one"
     if config.train.batch_peers != "off":
         return f"train.batch_peers = {config.train.batch_peers} computes peers as one"
-    if config.train.drop_path:
-        return "train.drop_path has each peer draw the paths that it drops"
     if len(placement.residents) < 2:
         return "there is one peer"
-    return None
+    return one_by_one.reason(config)
 
 
 class SideBySide:

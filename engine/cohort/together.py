@@ -14,28 +14,21 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
+from engine.cohort import one_by_one
 from engine.cohort.peer import Peer
 from engine.config import RunConfig
 from engine.ranks.placement import Placement
-from losses import METHODS, Signals
-from losses.capabilities import trunk_of, turns_of
+from losses import Signals
 
 
 def hindrance(config: RunConfig, placement: Placement) -> str | None:
     """Why no peers of this rank can be computed together; None where some can, by all that a config says."""
-    method = METHODS[config.method.name]
     if placement.world > 1:
         return f"gradients are averaged peer by peer where there are several ranks, found {placement.world}"
-    if trunk_of(method, config.method, 3) is not None:
-        return f"the peers of {method.name} are branches of one network"
-    if len(turns_of(method, config.method, len(config.cohort))) > 1:
-        return "the peers are updated one after another"
-    if config.precision.compile:
-        return "precision.compile compiles the peers one by one"
     if config.train.peer_threads > 1:
         return "train.peer_threads computes the peers in threads of their own"
-    if config.train.drop_path:
-        return "train.drop_path has each peer draw the paths that it drops"
+    if (found := one_by_one.reason(config)) is not None:
+        return found
     if not alike(config, placement):
         return "no two peers that learn have the same network, options and frozen parts"
     return None

@@ -7,16 +7,13 @@ from typing import Any
 
 from engine.config import RunConfig
 from engine.config.loading import dump
-from engine.reporting.aside import Aside
-
-ROOM = 10_000
-"""Lines that wait in memory where the disk takes none."""
+from engine.reporting.sink import Sink
 
 PATIENCE = 10.0
 """Seconds that a run waits at its end for what is still to be written, at most."""
 
 
-class TensorBoardRun:
+class TensorBoardRun(Sink):
     """The event files of a run, one for each start. What it is told goes there in order, by a thread.
 
     Args:
@@ -26,11 +23,10 @@ class TensorBoardRun:
     """
 
     def __init__(self, config: RunConfig, step: int, say: Callable[[str], None]) -> None:
-        self._config, self._step, self._say = config, step, say
+        super().__init__("tensorboard", config.folder, say)
+        self._config, self._step = config, step
         self._folder = config.folder / "tensorboard"
         self._writer: Any = None
-        self._gone = False
-        self._aside = Aside("tensorboard", ROOM)
         self._do(self._start)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -41,7 +37,7 @@ class TensorBoardRun:
         """Ends the file of this start."""
         self._do(lambda: self._writer.close())
         if not self._aside.wait(PATIENCE):
-            self._tell(f"has not been written within {PATIENCE:g} s")
+            self._leave(f"has not been written within {PATIENCE:g} s; going on without it, {self._instead}")
         self._aside.end()
 
     def _start(self) -> None:
@@ -57,22 +53,3 @@ class TensorBoardRun:
             if key != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(key, value, line["step"])
         self._writer.flush()
-
-    def _do(self, action: Callable[[], object]) -> None:
-        if not self._gone and not self._aside.do(lambda: self._attempt(action)):
-            self._tell(f"has not taken {ROOM} lines")
-
-    def _attempt(self, action: Callable[[], object]) -> None:
-        if self._gone:
-            return
-        try:
-            action()
-        except Exception as error:  # It is a sink: whatever it raises, training goes on.
-            self._tell(str(error))
-
-    def _tell(self, what: str) -> None:
-        if not self._gone:
-            self._say(
-                f"tensorboard: {what}; going on without it, metrics are in {self._config.folder / 'metrics.jsonl'}"
-            )
-        self._gone = True

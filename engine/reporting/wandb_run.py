@@ -15,16 +15,13 @@ import yaml
 from engine.config import RunConfig
 from engine.config.loading import dump
 from engine.files import read_text, write_text
-from engine.reporting.aside import Aside
-
-ROOM = 10_000
-"""Rows that wait in memory where wandb takes none."""
+from engine.reporting.sink import Sink
 
 GRACE = 5.0
 """Seconds that a run which a signal ends leaves wandb to finish, at most."""
 
 
-class WandbRun:
+class WandbRun(Sink):
     """A run of wandb, under an id that survives restarts. What it is told goes there in order, by a thread.
 
     Args:
@@ -33,12 +30,11 @@ class WandbRun:
     """
 
     def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
-        self._config, self._say = config, say
-        self._instead = f"metrics are in {config.folder / 'metrics.jsonl'}"
+        super().__init__("wandb", config.folder, say)
+        self._config = config
         self._run: Any = None
-        self._late = self._gone = False
-        self._aside = Aside("wandb", ROOM)
-        self._aside.do(lambda: self._attempt(self._start))
+        self._late = False
+        super()._do(self._start)
 
     def write(self, line: dict[str, Any]) -> None:
         """A row of its history; `line` holds its step."""
@@ -58,7 +54,7 @@ class WandbRun:
         limit = min(GRACE, self._config.log.wandb_timeout) if soon else self._config.log.wandb_timeout
         self._aside.do(lambda: self._end(exit_code))
         if not self._aside.wait(limit):
-            self._tell(
+            self._leave(
                 f"has not finished within {limit:g} s; {self._instead}; `wandb sync` sends what it has in "
                 f"{self._config.folder / 'wandb'}"
             )
@@ -75,21 +71,7 @@ class WandbRun:
         if self._aside.busy > limit and not self._late:
             self._late = True
             self._say(f"wandb: has not answered for {limit:g} s; its rows wait, training goes on")
-        if not self._aside.do(lambda: self._attempt(action)):
-            self._tell(f"has not taken {ROOM} rows; going on without it, {self._instead}")
-
-    def _attempt(self, action: Callable[[], object]) -> None:
-        if self._gone:
-            return
-        try:
-            action()
-        except Exception as error:  # wandb is a sink: whatever it raises, training goes on.
-            self._tell(f"{error}; going on without it, {self._instead}")
-
-    def _tell(self, what: str) -> None:
-        if not self._gone:
-            self._say(f"wandb: {what}")
-        self._gone = True
+        super()._do(action)
 
     def _start(self) -> None:
         config, id_file = self._config, self._config.folder / "wandb_id"
@@ -115,7 +97,7 @@ class WandbRun:
     def _end(self, exit_code: int) -> None:
         if self._run is not None:
             self._attempt(lambda: self._run.finish(exit_code=exit_code))
-        with contextlib.suppress(Exception):  # as in _attempt; there is nothing left to go on without
+        with contextlib.suppress(Exception):  # as in Sink; there is nothing left to go on without
             import wandb
 
             wandb.teardown(exit_code)

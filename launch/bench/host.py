@@ -1,4 +1,4 @@
-"""What a step costs the host: how many operations it dispatches, and how long the host is busy with them."""
+"""What a step costs: operations that it dispatches, bytes that it makes, and how long the host is busy with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class _Count(TorchDispatchMode):
@@ -25,6 +27,44 @@ def operations(step: Callable[[], object]) -> int:
     with _Count() as count:
         step()
     return count.operations
+
+
+class _Computing(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += not (func.is_view or "empty" in str(func) or "profiler" in str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def computing_operations(step: Callable[[], object]) -> int:
+    """Those without views and without room that is made: on a GPU, kernels."""
+    with _Computing() as count:
+        step()
+    return count.operations
+
+
+class _Made(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(found):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.bytes += x.untyped_storage().nbytes()
+        return found
+
+
+def bytes_made(step: Callable[[], object]) -> int:
+    """Of all tensors that a step makes, whether they live on or not."""
+    with _Made() as made:
+        step()
+    return made.bytes
 
 
 def host_seconds(step: Callable[[], object], device: torch.device) -> float:

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from launch.bench.host import operations
+from launch.bench.host import bytes_made, operations
 from launch.bench.turns import in_turn, ratio
 from losses import METHODS, PeerInfo, Progress
 
@@ -27,22 +25,6 @@ FORMS: dict[str, dict[str, Any]] = {
 """Methods whose objective looks at logits alone."""
 
 
-class _Bytes(TorchDispatchMode):
-    """Of all tensors that are made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(found):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
-                self.made += x.untyped_storage().nbytes()
-        return found
-
-
 def objective(rounds: int, steps: int, device: torch.device) -> None:
     """Objective and gradient by the logits, for several numbers of peers, against KL on every pair as the papers'
     repositories have it; its operations, and the bytes that it makes beside the logits."""
@@ -52,12 +34,10 @@ def objective(rounds: int, steps: int, device: torch.device) -> None:
         for peers in PEERS:
             ours, pairs = _ours(section, peers, device), _pair_by_pair(peers, device)
             times = in_turn({"ours": ours, "pairs": pairs}, rounds, steps, device)
-            with _Bytes() as bytes_made:
-                ours()
             low, middle, high = ratio(times, "ours", "pairs")
             print(
                 f"  {name:12} {peers:5} {1000 * statistics.median(times['ours']):8.2f} {operations(ours):10} "
-                f"{bytes_made.made / 1e6:8.1f} {middle:6.3f} ({low:.3f} to {high:.3f})"
+                f"{bytes_made(ours) / 1e6:8.1f} {middle:6.3f} ({low:.3f} to {high:.3f})"
             )
 
 

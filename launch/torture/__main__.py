@@ -40,11 +40,10 @@ of ranks changes they are small transformers, and slow learners: rounding grows 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from launch.parsing import parser
+from launch.parsing import parser, positive
 
 EPILOG = "Exit codes: 0 all is as if nothing had happened, 1 something is not, 2 a mistake in the command line."
 
@@ -52,10 +51,10 @@ EPILOG = "Exit codes: 0 all is as if nothing had happened, 1 something is not, 2
 def main() -> None:
     """The command."""
     arguments = parser(__doc__ or "", EPILOG)
-    arguments.add_argument("--kills", type=_positive, default=20, metavar="N", help="disturbances (default: 20)")
+    arguments.add_argument("--kills", type=positive, default=20, metavar="N", help="disturbances (default: 20)")
     arguments.add_argument(
         "--ranks",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=[3],
         metavar="N",
@@ -73,12 +72,6 @@ def main() -> None:
     from launch.torture.experiment import run
 
     sys.exit(run(options))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from launch.bench.host import bytes_made
 from losses import METHODS, Progress
 from tests.losses.peers import peers as alike
 
@@ -48,22 +48,17 @@ PAIRS = "mcl", "lmcl"
 """Whose contrast is between every two peers: there is a matrix of products for each pair."""
 
 
-class Watch(TorchDispatchMode):
-    """Counts log-softmaxes over classes, and the bytes of all tensors that are made."""
+class LogSoftmaxes(TorchDispatchMode):
+    """Counts those over classes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_softmaxes, self.made = 0, 0
+        self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(found):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
-                self.made += x.untyped_storage().nbytes()
         if function in (torch.ops.aten._log_softmax.default, torch.ops.aten._softmax.default):
-            self.log_softmaxes += args[0].shape[-1] == C
-        return found
+            self.count += args[0].shape[-1] == C
+        return function(*args, **(kwargs or {}))
 
 
 def observed(name: str, num_peers: int) -> tuple[int, int]:
@@ -86,7 +81,8 @@ def observed(name: str, num_peers: int) -> tuple[int, int]:
         | {name: torch.randn(N, *shape) for name, shape in shapes.items()}
         for _ in infos
     ]
-    with Watch() as watch:
+
+    def forward_and_backward() -> None:
         signals = []
         for info, leaf in zip(infos, leaves, strict=True):
             live = {name: x.requires_grad_() for name, x in leaf.items()}
@@ -94,7 +90,10 @@ def observed(name: str, num_peers: int) -> tuple[int, int]:
             signals.append(shown | (method.head(info)(live) if section["name"] == "dcm" else {}))
         terms = method(range(num_peers), signals, torch.arange(N) % 2, PROGRESS)
         torch.stack(list(terms.values())).sum().backward()
-    return watch.log_softmaxes, watch.made
+
+    with LogSoftmaxes() as seen:
+        made = bytes_made(forward_and_backward)
+    return seen.count, made
 
 
 class _Passing(nn.Module):

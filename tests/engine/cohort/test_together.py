@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.cohort.cohort import Cohort
 from engine.cohort.together import hindrance
@@ -17,6 +17,7 @@ from engine.preflight import check_run
 from engine.ranks.collectives import Launch
 from engine.ranks.planning.choosing import plan
 from engine.training.batching import FILE, settle_batching
+from launch.bench.host import computing_operations
 from losses import Progress
 from tests.engine.stepping import cohort_in_double, cohort_of, config_of, do_steps, optimizer_state, state
 from tests.runs import small_run, train_here, weights
@@ -67,27 +68,13 @@ def test_the_numbers_are_those_of_each_peer_by_itself(name: str) -> None:
         torch.testing.assert_close(together[key], x, rtol=1e-10, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
 
 
-class Operations(TorchDispatchMode):
-    """Counts those that compute: no views, and no room that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not (function.is_view or "empty" in str(function) or "profiler" in str(function))
-        return function(*args, **(kwargs or {}))
-
-
 def counted(num_peers: int) -> tuple[int, int]:
     found = []
     for way in ("off", "on"):
         config = config_of({"name": "independent"}, num_peers, train={"batch_peers": way})
         cohort = cohort_of(config)
         do_steps(cohort, [0, 1])
-        with Operations() as seen:
-            do_steps(cohort, [2])
-        found.append(seen.count)
+        found.append(computing_operations(partial(do_steps, cohort, [2])))
     return found[0], found[1]
 
 

@@ -18,10 +18,8 @@ from engine.ranks.placement import Placement
 from engine.ranks.planning.choosing import AUTO, balanced
 from engine.ranks.planning.levels import judge_of
 from tests.engine.ranks.exchanging.test_exchange import CLASS_IDS, FLOAT, IMAGE_IDS, Recorder
-from tests.engine.ranks.exchanging.test_uneven_exchange import value
+from tests.engine.ranks.exchanging.test_uneven_exchange import ROWS, assert_rows, value
 from tests.worlds import run_world
-
-ROWS = 11
 
 
 def _placed(counts: list[int], per_node: int | None, order: str = "contiguous") -> Placement:
@@ -58,15 +56,7 @@ def test_each_rank_gets_what_one_level_brings(case: int, everywhere: list[str], 
     across = 0
     results = run_world(world, _shown, counts, per_node, everywhere, wire, order)
     for rank, (mine, residents, found, calls, two, _) in enumerate(results):
-        rolled = torch.arange(ROWS).roll(-int(mine[0]))
-        for k, peer in enumerate(found):
-            for name, width in (("logits", 2 + k), ("wide", 3)):
-                expected = value(k, mine, width)
-                assert torch.equal(peer[name], expected if k in residents else expected.to(wire).float())
-            if everywhere:
-                assert torch.equal(peer["all_wide"], value(k, rolled, 3).to(wire).float())
-                assert torch.equal(peer["all_targets"], CLASS_IDS[rolled])
-                assert torch.equal(peer["all_ids"], IMAGE_IDS[rolled])
+        assert_rows(found, mine, residents, everywhere, wire)
         node = tuple(range(rank // per_node * per_node, (rank // per_node + 1) * per_node))
         assert [(call.collective, call.ranks) for call in calls] == [
             ("alltoall_base", tuple(range(world))),

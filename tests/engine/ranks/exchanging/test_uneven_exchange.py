@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -36,6 +37,26 @@ def value(peer: int, rows: Tensor, width: int) -> Tensor:
     return (100.0 * peer + rows)[:, None] + torch.arange(width) / 8
 
 
+def assert_rows(
+    found: Sequence[Mapping[str, Tensor]],
+    mine: Tensor,
+    residents: Sequence[int],
+    everywhere: Sequence[str],
+    wire: torch.dtype,
+) -> None:
+    """What a rank with rows `mine` is to see of each peer: its own as they are, others by way of the wire, and all rows
+    of what is wanted everywhere, its own first."""
+    rolled = torch.arange(ROWS).roll(-int(mine[0]))
+    for k, peer in enumerate(found):
+        for name, width in (("logits", 2 + k), ("wide", 3)):
+            expected = value(k, mine, width)
+            assert torch.equal(peer[name], expected if k in residents else expected.to(wire).float())
+        if everywhere:
+            assert torch.equal(peer["all_wide"], value(k, rolled, 3).to(wire).float())
+            assert torch.equal(peer["all_targets"], CLASS_IDS[rolled])
+            assert torch.equal(peer["all_ids"], IMAGE_IDS[rolled])
+
+
 def _shown(counts: list[int], everywhere: list[str], wire: torch.dtype, mode: str, order: str) -> Any:
     placement = balanced([1.0] * len(counts), dist.get_world_size(), dist.get_rank(), counts, order=order)  # type: ignore[arg-type]
     exchange = Exchange(placement, group_of(placement.exchange_ranks), wire)
@@ -63,16 +84,7 @@ def test_each_rank_gets_the_rows_that_it_sees_in_one_call(
     world = sum(counts)
     results = run_world(world, _shown, counts, everywhere, wire, mode, order)
     for mine, residents, found, calls, bytes_ in results:
-        start = int(mine[0])
-        rolled = torch.arange(ROWS).roll(-start)
-        for k, peer in enumerate(found):
-            for name, width in (("logits", 2 + k), ("wide", 3)):
-                expected = value(k, mine, width)
-                assert torch.equal(peer[name], expected if k in residents else expected.to(wire).float())
-            if everywhere:
-                assert torch.equal(peer["all_wide"], value(k, rolled, 3).to(wire).float())
-                assert torch.equal(peer["all_targets"], CLASS_IDS[rolled])
-                assert torch.equal(peer["all_ids"], IMAGE_IDS[rolled])
+        assert_rows(found, mine, residents, everywhere, wire)
         [call] = calls
         assert (call.collective, call.ranks) == ("alltoall_base", tuple(range(world)))
         # What stays on the rank is no traffic: its own wide rows and their labels.
