@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def _panels(group: Group) -> Iterator[tuple[str, str, Callable[[Any], None]]]:
     if gains:
         yield (
             "Gain over independent",
-            "Points of top-1 gained over the same networks trained alone, with the 95 % interval over paired seeds.",
+            "Points of top-1 that the deployed network has gained at the last epoch over the same trained alone, "
+            "with the 95 % interval over paired seeds.",
             lambda axes: _draw_gains(axes, group, gains),
         )
     for title, ylabel, words, points in (
@@ -129,9 +131,9 @@ def _draw_gains(axes: Any, group: Group, rows: Sequence[Row]) -> None:
             gain.mean, place, xerr=gain.half_width, fmt="o", color=colours[row.method], capsize=4, markersize=6
         )
     axes.axvline(0, color="#111827", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [row.method for row in rows])
+    axes.set_yticks(range(len(rows)), [textwrap.fill(row.method, 18) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("points of top-1, deployed network, last epoch")
+    axes.set_xlabel("points of top-1")
     axes.grid(axis="x", alpha=0.25)
 
 
