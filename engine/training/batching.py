@@ -12,7 +12,7 @@ import torch
 from engine.cohort.cohort import Cohort, compute_together
 from engine.cohort.together import Together, hindrance
 from engine.config import ConfigError
-from engine.files import write_json
+from engine.files import read_text, write_json
 from engine.training.step import blank, rehearse
 from losses import Progress
 
@@ -74,11 +74,17 @@ def _fails(cohort: Cohort, together: Together) -> str | None:
 
 
 def _known(folder: Path, device: str) -> tuple[bool, str] | None:
+    path = folder / FILE
     try:
-        found = json.loads((folder / FILE).read_text())
+        found = json.loads(read_text(path))
+        return (bool(found["together"]), str(found["why"])) if found["device"] == device else None
     except FileNotFoundError:
         return None
-    return (bool(found["together"]), str(found["why"])) if found["device"] == device else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path}: not what train.batch_peers = auto has chosen: {error}; expected the file as it was "
+            "written, without which the run cannot go on bit for bit"
+        ) from None
 
 
 def _seconds(cohort: Cohort, progress: Progress, together: Together | None) -> tuple[float, float]:

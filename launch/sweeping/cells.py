@@ -13,7 +13,7 @@ from typing import Any, Literal
 from engine.config import RunConfig
 from engine.config.grid import Cell, Grid
 from engine.config.loading import dump_anywhere
-from engine.files import write_json, write_text
+from engine.files import open_to_read, write_json, write_text
 from engine.ranks.owner import user_of
 from engine.safety import checkpoint
 from engine.training.due import due
@@ -78,7 +78,7 @@ def _last(run: Path, peers: Sequence[str]) -> tuple[int, float, float | None]:
 
 def _tail(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
             lines = file.read().split(b"\n")
     except OSError:
@@ -126,7 +126,7 @@ def last_line_of_error(log: Path, begin: int) -> str:
     Args:
         begin: bytes of the log that are of earlier starts.
     """
-    with log.open("rb") as file:
+    with open_to_read(log) as file:
         file.seek(begin)
         text = file.read().decode(errors="replace")
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]

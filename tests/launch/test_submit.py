@@ -24,8 +24,8 @@ def submit(at: Path, *arguments: str) -> tuple[int, str]:
 
 @pytest.fixture
 def at(tiny: Path, tmp_path: Path) -> Path:
-    """A folder with my.yaml, whose batch of 24 cannot be split over 7 ranks."""
-    config = small_run(tiny, tmp_path / "run", placement={"kind": "colocated"}, device="cpu")
+    """A folder with my.yaml, whose two peers, one a rank, cannot live on 7 ranks."""
+    config = small_run(tiny, tmp_path / "run", placement={"kind": "spread"}, device="cpu")
     (tmp_path / "my.yaml").write_text(dump(config))
     return tmp_path
 
@@ -51,7 +51,9 @@ def test_a_range_of_nodes_is_refused(at: Path) -> None:
 def test_ranks_are_counted_however_they_are_asked_for(at: Path, options: list[str]) -> None:
     code, said = submit(at, "my.yaml", *options)
     assert code == 2
-    assert said.startswith("error: data.global_batch = 24: cannot be split evenly over 7 replicas"), said
+    assert said.startswith("error: placement.kind = spread: 2 peers, 1 a rank, need a multiple of 2 ranks, found 7"), (
+        said
+    )
     assert said.endswith("not submitted\n")
 
 

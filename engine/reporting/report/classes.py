@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.files import opener
 from engine.reporting.report.comparing import Group, Row
 
 MOST = 15
@@ -51,7 +52,7 @@ def _confused(row: Row) -> dict[tuple[str, str], float]:
 
 def _read(path: Path) -> list[dict[str, str]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8", newline="", opener=opener) as file:
             return list(csv.DictReader(file))
     except OSError:
         return []

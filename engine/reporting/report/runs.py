@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from engine.config import PeerConfig, RunConfig
 from engine.config.loading import load_run
+from engine.files import read_text
 from engine.reporting.report.table import deployed_network, evaluations
 from engine.reporting.tracking import read_metrics
 
@@ -98,7 +99,7 @@ class Run:
     def starts(self) -> list[dict[str, Any]]:
         """Command, revision, machine and versions of each start; [] where that cannot be read."""
         try:
-            found = json.loads((self.folder / "starts.json").read_text(encoding="utf-8"))
+            found = json.loads(read_text(self.folder / "starts.json"))
         except (OSError, ValueError):
             return []
         return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,25 @@ def test_auto_measures_once_keeps_its_choice_and_changes_nothing(tmp_path: Path)
     assert said[1] == said[0]
     assert chosen == [chosen[0], chosen[0], not chosen[0], False]
     assert said[3] == "train.batch_peers = auto: each peer by itself: the run has begun that way"
+
+
+def going_on(folder: Path) -> None:
+    config = config_of({"name": "dml"}, train={"batch_peers": "auto"})
+    settle_batching(cohort_of(config), Progress(1, 5, 2), folder, print, going_on=True)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "half"])
+def test_what_is_no_choice_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / FILE
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        (tmp_path / "elsewhere").write_text('{"device": "cpu", "together": true, "why": ""}')
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.write_text('{"device": "cpu", "toge')
+    with pytest.raises(RuntimeError, match=f"{path}: not what train.batch_peers = auto has chosen"):
+        run_world(1, going_on, tmp_path)
 
 
 def test_a_run_that_is_interrupted_ends_bit_equal(tiny: Path, tmp_path: Path) -> None:
