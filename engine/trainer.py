@@ -204,8 +204,8 @@ class _Run:
         self.saver = Saver(config.folder, self.cohort, self._say, held.check, held.mark)
         self._scored = last_evaluation(config.folder)
         if self.step < self.steps:
-            settle(self.cohort, self._progress, self._say)
             settle_batching(self.cohort, self._progress, config.folder, self._say, going_on=self.step > 0)
+            settle(self.cohort, self._progress, self._say)
         self._updater = Graphed(self._say) if config.precision.graphs == "on" else update_peers
         self.clock = Clock(device)
         self._aside = ""

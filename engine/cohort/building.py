@@ -6,14 +6,14 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import models
+from engine.cohort.averaging import averaged
 from engine.cohort.drop_path import DropPathSchedule
 from engine.cohort.frozen import Frozen, reference
 from engine.cohort.optim import make_optimizer, set_weight_decay
@@ -126,21 +126,19 @@ class Builder:
         if self._config.precision.compile:
             network.compile()
         outer = list(method.outer(head)) if head is not None and isinstance(method, OuterProblem) else []
-        unsynchronised = _unsynchronised(method, head)
         outer_optimizer = self.optimizer(nn.ParameterList(outer), config) if outer else None
         for p in outer:
             p.requires_grad_(False)
         peer = Peer(network, head, taps, [name for name in method.signals if name != "teacher"])
         names = {id(p): name for name, p in peer.named_parameters()}
+        alone = [names[id(p)] for p in _unsynchronised(method, head)]
         return Resident(
             index=index,
             name=self._config.cohort[index][0],
             peer=peer,
             whole=whole,
-            wrapped=self._averaged(peer, self._replica_group, [names[id(p)] for p in unsynchronised])
-            if own.learns
-            else Frozen(peer),
-            unsynchronised=frozenset(names[id(p)] for p in unsynchronised),
+            wrapped=averaged(peer, self._replica_group, self._streams.device, alone) if own.learns else Frozen(peer),
+            unsynchronised=frozenset(alone),
             optimizer=self.optimizer(peer, config, said) if own.learns else None,
             parameters=list(peer.parameters()),
             classifier=frozenset(models.classifier_weights(whole)),
@@ -175,7 +173,7 @@ class Builder:
     def averaged_over_all(self, module: nn.Module) -> nn.Module:
         """A module as it is called in training, whose gradients are averaged over the world if it has any."""
         learns = any(p.requires_grad for p in module.parameters())
-        return self._averaged(module, dist.group.WORLD) if learns else module
+        return averaged(module, dist.group.WORLD, self._streams.device) if learns else module
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> None:
         config, per_epoch = self._config, self._steps_per_epoch
@@ -223,21 +221,6 @@ class Builder:
         if self._config.train.sync_bn and self._streams.device.type == "cuda":
             return _synchronised(module, self._replica_group)
         return module
-
-    def _averaged(self, module: nn.Module, group: dist.ProcessGroup | None, ignored: Sequence[str] = ()) -> nn.Module:
-        assert group is not None
-        if group.size() == 1 or self._streams.device.type == "meta":
-            return module
-        # Of DDP's own making, and the only way to have it leave parameters alone.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
-        device = self._streams.device
-        return DistributedDataParallel(
-            module,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            process_group=group,
-            gradient_as_bucket_view=True,
-            **_KEEP_BUFFERS,
-        )
 
 
 def _synchronised(module: _M, group: dist.ProcessGroup) -> _M:
@@ -288,9 +271,3 @@ def _has(network: nn.Module, path: str) -> bool:
         return not isinstance(network.get_submodule(path), nn.Identity)
     except AttributeError:
         return False
-
-
-# Each rank keeps its own BatchNorm statistics; average_buffers brings them together when somebody looks. The argument's
-# name changed with torch 2.13.
-_NEW_NAME = "forward_sync_buffers" in DistributedDataParallel.__init__.__annotations__
-_KEEP_BUFFERS: Any = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}

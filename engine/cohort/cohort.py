@@ -80,6 +80,8 @@ class Cohort:
         self.side_by_side = SideBySide.of(config, len(self.residents), device)
         self.together = compute_together(self) if config.train.batch_peers == "on" else None
         """What computes peers of one network as one; None: each by itself."""
+        if self.together:
+            self.together.take_over(self.residents)
         # Whose learning rate is that of this rank, and which keeps up the loss scale, where only frozen peers live.
         self.idle = None if any(r.optimizer for r in self.residents.values()) else builder.idle()
         self._schedules = [*builder.schedules, DropPathSchedule(config.train, self.residents, steps_per_epoch)]
@@ -138,6 +140,7 @@ class Cohort:
     def gradients_stay_here(self, stay: bool) -> Iterator[None]:
         """Gradients of all but the last micro-batch are added up on the rank before they are averaged once."""
         wrapped = [*(r.wrapped for r in self.residents.values()), self.wrapped_method]
+        wrapped += self.together.wrapped if self.together else []
         if self.trunk:
             wrapped.append(self.trunk.wrapped)
         with contextlib.ExitStack() as stack:
@@ -226,11 +229,11 @@ class Cohort:
 
 
 def compute_together(cohort: Cohort) -> Together | None:
-    """What computes this rank's peers of one network as one; None where there is a hindrance."""
-    if hindrance(cohort.config, cohort.placement) is not None:
-        return None
+    """What computes this rank's peers of one network as one; None where there is a hindrance, or no two are here."""
     groups = alike(cohort.config, cohort.placement)
-    return Together([{k: cohort.residents[k].peer for k in group} for group in groups])
+    if not groups or hindrance(cohort.config, cohort.placement) is not None:
+        return None
+    return Together([[cohort.residents[k] for k in group] for group in groups], cohort.replica_group, cohort.device)
 
 
 def _forward(cohort: Cohort, views: Mapping[int, Tensor], progress: Progress, micro: int) -> Mapping[int, Signals]:

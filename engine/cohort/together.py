@@ -9,28 +9,30 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
 from engine.cohort import one_by_one
-from engine.cohort.peer import Peer
+from engine.cohort.averaging import averaged
+from engine.cohort.peer import Resident
 from engine.config import RunConfig
 from engine.ranks.placement import Placement
 from losses import Signals
 
 
 def hindrance(config: RunConfig, placement: Placement) -> str | None:
-    """Why no peers of this rank can be computed together; None where some can, by all that a config says."""
-    if placement.world > 1:
-        return f"gradients are averaged peer by peer where there are several ranks, found {placement.world}"
+    """Why no peers of any rank can be computed together; None where some can, by all that a config says."""
     if config.train.peer_threads > 1:
         return "train.peer_threads computes the peers in threads of their own"
     if (found := one_by_one.reason(config)) is not None:
         return found
-    if not alike(config, placement):
-        return "no two peers that learn have the same network, options and frozen parts"
+    if config.train.sync_bn and placement.world > len(placement.groups):
+        return "train.sync_bn has ranks talk within the networks"
+    if not any(alike(config, placement.of(group.ranks[0])) for group in placement.groups):
+        return "no rank has two peers that learn and have the same network, options and frozen parts"
     return None
 
 
@@ -52,15 +54,27 @@ class Together:
     done to buffers is copied back. Of K peers' operations 1/K are left.
 
     Args:
-        groups: index -> peer, whose modules are built alike.
+        groups: peers that are built alike.
+        replica_group: the ranks that hold them.
+        device: of this rank.
     """
 
-    def __init__(self, groups: Sequence[Mapping[int, Peer]]) -> None:
-        self._groups = [_Group(peers) for peers in groups]
+    def __init__(
+        self, groups: Sequence[Sequence[Resident]], replica_group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        self._groups = [_Group(residents) for residents in groups]
+        self.wrapped = [averaged(group, replica_group, device, group.apart) for group in self._groups]
+        """The groups as they are called in training: gradients of all peers of one are averaged as of one network."""
 
     def __call__(self, views: Mapping[int, Tensor]) -> dict[int, Signals]:
         """The live signals of all peers of the groups, each on the view [N, channels, H, W] that it sees."""
-        return {k: own for group in self._groups for k, own in group(views).items()}
+        return {k: own for group in self.wrapped for k, own in group(views).items()}
+
+    def take_over(self, residents: Mapping[int, Resident]) -> None:
+        """Has the peers of the groups computed in no other way from now on."""
+        for group in self._groups:
+            for k in group.indices:
+                residents[k].wrapped = residents[k].peer  # What averaged each by itself holds as much as its gradients.
 
     def check(self, views: Mapping[int, Tensor]) -> None:
         """Tries it, and changes nothing. Raises: ValueError, with what of a network cannot be done for several."""
@@ -72,26 +86,36 @@ class Together:
                 reason = str(error).strip().partition("\n")[0]
                 if "randomness" in reason or "random operation" in reason:
                     reason = "it draws random numbers, such as dropout, and each peer draws its own"
-                raise ValueError(f"{type(group.base.network).__name__}: {reason}") from None
+                network = group.base.get_submodule("network")
+                raise ValueError(f"{type(network).__name__}: {reason}") from None
 
 
-class _Group:
-    def __init__(self, peers: Mapping[int, Peer]) -> None:
-        self._indices = list(peers)
-        self.base = next(iter(peers.values()))
+class _Group(nn.Module):
+    def __init__(self, residents: Sequence[Resident]) -> None:
+        super().__init__()
+        self.indices = [resident.index for resident in residents]
+        self.peers = nn.ModuleList([resident.peer for resident in residents])
+        buffers = [name for name, _ in self.named_buffers()]
+        self.apart = [*buffers, *(f"peers.{i}.{name}" for i, r in enumerate(residents) for name in r.unsynchronised)]
+        """Names of what replicas do not have in common."""
         self._names = [name for name, _ in self.base.named_parameters()]
         self._buffer_names = [name for name, _ in self.base.named_buffers()]
-        self._parameters = _by_place([list(peer.parameters()) for peer in peers.values()])
-        self._buffers = _by_place([list(peer.buffers()) for peer in peers.values()])
+        self._weights = _by_place([list(peer.parameters()) for peer in self.peers])
+        self._statistics = _by_place([list(peer.buffers()) for peer in self.peers])
 
-    def __call__(self, views: Mapping[int, Tensor], *, keep: bool = False) -> dict[int, Signals]:
+    @property
+    def base(self) -> nn.Module:
+        """The peer whose modules are called, with the weights of all."""
+        return self.peers[0]
+
+    def forward(self, views: Mapping[int, Tensor], *, keep: bool = False) -> dict[int, Signals]:
         """Args: keep: leave the peers' buffers as they are."""
-        count = len(self._indices)
-        parameters = dict(zip(self._names, _SideBySide.apply(count, *self._parameters), strict=True))
-        blocks = [_block(self._buffers[i], count) for i in range(0, len(self._buffers), count)]
-        _copy(_slices(blocks), self._buffers)
+        count = len(self.indices)
+        parameters = dict(zip(self._names, _SideBySide.apply(count, *self._weights), strict=True))
+        blocks = [_block(self._statistics[i], count) for i in range(0, len(self._statistics), count)]
+        _copy(_slices(blocks), self._statistics)
         buffers = dict(zip(self._buffer_names, blocks, strict=True))
-        images = [views[k] for k in self._indices]
+        images = [views[k] for k in self.indices]
         shared = all(x is images[0] for x in images)
         with warnings.catch_warnings():
             # What vmap has no rule for is done peer by peer: a pooling's memory format, and of no weight.
@@ -99,9 +123,9 @@ class _Group:
             run = vmap(partial(_run, self.base), in_dims=(0, 0, None if shared else 0), randomness="error")
             found = run(parameters, buffers, images[0] if shared else torch.stack(images))
         if not keep:
-            _copy(self._buffers, _slices(blocks))
+            _copy(self._statistics, _slices(blocks))
         own = {name: x.unbind() for name, x in found.items()}
-        return {k: {name: x[i] for name, x in own.items()} for i, k in enumerate(self._indices)}
+        return {k: {name: x[i] for name, x in own.items()} for i, k in enumerate(self.indices)}
 
 
 def _run(base: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> dict[str, Any]:
@@ -186,7 +210,7 @@ class _SideBySide(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.count = count
+        ctx.count, ctx.strides = count, [p.stride() for p in parameters[::count]]
         ctx.set_materialize_grads(False)
         blocks = [_block(parameters[i], count) for i in range(0, len(parameters), count)]
         _copy(_slices(blocks), parameters)
@@ -196,4 +220,12 @@ class _SideBySide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        return None, *(x for g in gradients for x in ([None] * ctx.count if g is None else g.unbind()))
+        rows = zip(gradients, ctx.strides, strict=True)
+        return None, *(x for g, strides in rows for x in ([None] * ctx.count if g is None else _apart(g, strides)))
+
+
+def _apart(block: Tensor, strides: tuple[int, ...]) -> Sequence[Tensor]:
+    """A block's tensors, with the strides that DDP wants of gradients: those of the parameters."""
+    if block.stride()[1:] == strides:
+        return block.unbind()
+    return [torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x) for x in block]

@@ -175,9 +175,9 @@ class TrainConfig(Section):
     )
     batch_peers: Annotated[Literal["auto", "on", "off"], ON_OFF] = Field(
         "off",
-        description="on: peers of one network are computed as one of K groups, on one rank: 1/K of the operations, for "
-        "small networks on a GPU; auto: where it is measured to be faster as the run starts. The same numbers but for "
-        "rounding",
+        description="on: peers of one network that live on a rank are computed as one of K groups: 1/K of the "
+        "operations, for small networks on a GPU; auto: where it is measured to be faster as the run starts. The same "
+        "numbers but for rounding",
     )
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of each peer; null: no clipping")
     clip_factor: float | None = Field(

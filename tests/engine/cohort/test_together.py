@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from engine.cohort.cohort import Cohort
@@ -94,7 +95,7 @@ def test_operations_fall_towards_those_of_one_peer() -> None:
             {"name": "dml"},
             [NARROW, WIDE],
             {},
-            "no two peers that learn have the same network, options",
+            "no rank has two peers that learn and have the same network, options",
         ),
         ({"name": "dml"}, 2, {"precision": {"compile": True}}, "precision.compile compiles the peers one by one"),
     ],
@@ -107,12 +108,65 @@ def test_what_cannot_be_computed_together_is_refused(
         check_run(config, Launch(0, 0, 1))
 
 
-def test_several_ranks_are_refused() -> None:
+FOUR = [{**NARROW, "copies": 3, "name": "n"}, {**WIDE, "name": "w"}]
+PLACES: dict[str, tuple[int, dict[str, Any], Any, dict[str, Any]]] = {
+    "colocated": (2, {"kind": "colocated"}, 3, {}),
+    "colocated, a peer of its own, uneven rows, micro-batches": (
+        3,
+        {"kind": "colocated"},
+        FOUR,
+        {"data": {"global_batch": 22}, "train": {"accumulation": 2}},
+    ),
+    "hybrid": (2, {"kind": "hybrid", "peers_per_rank": 2}, 4, {}),
+    "hybrid over 2 replicas, interleaved": (
+        4,
+        {"kind": "hybrid", "peers_per_rank": 2, "order": "interleaved"},
+        4,
+        {"data": {"views": "per_peer"}},
+    ),
+    "balanced, one rank with a single peer": (2, {"kind": "balanced"}, [{**NARROW, "copies": 2}, WIDE], {}),
+}
+SEVERAL = [
+    *(("dml", place) for place in PLACES),
+    pytest.param("lmcl", "colocated", marks=pytest.mark.slow),
+    ("dcm", "hybrid over 2 replicas, interleaved"),
+    ("mcl", "colocated, a peer of its own, uneven rows, micro-batches"),
+]
+
+
+def on_several_ranks(name: str, place: str) -> list[dict[str, Tensor]]:
+    _, placement, peers, sections = PLACES[place]
+    method = {"name": name, **({"meta_interval": 2, "replicas": "published"} if name == "lmcl" else {})}
+    found = []
+    for way in ("off", "on"):
+        train = {**sections.get("train", {}), "batch_peers": way}
+        cohort = cohort_in_double(config_of(method, peers, **{**sections, "train": train, "placement": placement}))
+        do_steps(cohort, range(4))
+        found.append(
+            {**state(cohort), **optimizer_state(cohort), "together": torch.tensor(cohort.together is not None)}
+        )
+    return found
+
+
+@pytest.mark.parametrize(("name", "place"), SEVERAL)
+def test_the_numbers_are_the_same_on_several_ranks(name: str, place: str) -> None:
+    """Weights on all ranks, where they average gradients and where they do not."""
+    ranks = run_world(PLACES[place][0], on_several_ranks, name, place)
+    assert any(together["together"] for _, together in ranks)
+    for alone, together in ranks:
+        assert not alone.pop("together")
+        del together["together"]
+        assert alone.keys() == together.keys()
+        for key, x in alone.items():
+            torch.testing.assert_close(together[key], x, rtol=1e-10, atol=1e-12, msg=lambda t, key=key: f"{key}: {t}")
+
+
+def test_ranks_with_a_peer_each_are_refused() -> None:
     config = config_of(train={"batch_peers": "on"})
+    reason = "no rank has two peers that learn and have the same network, options and frozen parts"
     assert hindrance(config, plan(config, 1, 0)) is None
     for world in (2, 4):
-        reason = hindrance(config, plan(config, world, 0))
-        assert reason == f"gradients are averaged peer by peer where there are several ranks, found {world}"
+        assert hindrance(config, plan(config, world, 0)) == reason
 
 
 def with_dropout(folder: Path, way: str) -> list[str]:
@@ -131,10 +185,32 @@ def test_networks_that_draw_random_numbers_stay_apart(tmp_path: Path) -> None:
         run_world(1, with_dropout, tmp_path, "on")
 
 
+def with_dropout_on_rank_1(folder: Path, way: str) -> list[str]:
+    random = {"network": "cifar_wrn_10_1", "options": {"dropout": 0.2}, "copies": 2}
+    config = config_of({"name": "dml"}, [{**NARROW, "copies": 2}, random], train={"batch_peers": way})
+    said: list[str] = []
+    settle_batching(cohort_of(config), Progress(0, 5, 2), folder, said.append, going_on=False)
+    return said
+
+
+def test_ranks_choose_alike(tmp_path: Path) -> None:
+    reason = "WideResNet: it draws random numbers, such as dropout, and each peer draws its own"
+    for said in run_world(2, with_dropout_on_rank_1, tmp_path, "auto"):
+        assert said == [f"train.batch_peers = auto: each peer by itself, since {reason}"]
+    with pytest.raises(RuntimeError, match=f"train.batch_peers = on: {reason}"):
+        run_world(2, with_dropout_on_rank_1, tmp_path, "on")
+    ranks = run_world(2, choosing, tmp_path)
+    assert ranks[0] == ranks[1]
+    untouched, _, chosen = ranks[0]
+    assert untouched
+    assert chosen == [chosen[0], chosen[0], not chosen[0], False]
+
+
 def choosing(folder: Path) -> tuple[bool, list[str], list[bool]]:
     """Whether a measurement leaves everything as it was; what is said and chosen by a run that begins, by one that goes
     on, by one that goes on where the file says the opposite, and by one that has begun without a choice."""
-    config = config_of({"name": "dml"}, train={"batch_peers": "auto", "ema_decay": 0.9})
+    train = {"batch_peers": "auto", "ema_decay": 0.9}
+    config = config_of({"name": "dml"}, train=train, placement={"kind": "colocated"})
     cohort, said, chosen = cohort_of(config), [], []
     do_steps(cohort, [0])
     before = {**state(cohort), **optimizer_state(cohort), "random": torch.get_rng_state()}
@@ -147,11 +223,13 @@ def choosing(folder: Path) -> tuple[bool, list[str], list[bool]]:
     after = {**state(cohort), **optimizer_state(cohort), "random": torch.get_rng_state()}
     untouched = all(torch.equal(x, after[name]) for name, x in before.items())
     settled(cohort_of(config), going_on=True)
-    path = folder / FILE
-    text = path.read_text()
-    path.write_text(text.replace("true", "x").replace("false", "true").replace("x", "false"))
+    path, first = folder / FILE, dist.get_rank() == 0
+    if first:
+        text = path.read_text()
+        path.write_text(text.replace("true", "x").replace("false", "true").replace("x", "false"))
     settled(cohort_of(config), going_on=True)
-    path.unlink()
+    if first:
+        path.unlink()
     settled(cohort_of(config), going_on=True)
     return untouched, said, chosen
 
@@ -184,11 +262,17 @@ def test_what_is_no_choice_is_named(tmp_path: Path, kind: str) -> None:
         run_world(1, going_on, tmp_path)
 
 
-def test_a_run_that_is_interrupted_ends_bit_equal(tiny: Path, tmp_path: Path) -> None:
-    train = {"batch_peers": "on"}
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_run_that_is_interrupted_ends_bit_equal(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    """The sum over three ranks rounds differently in another layout of DDP's."""
+    train = {"batch_peers": "auto"}
     for folder, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
         sections = {"train": {**train, "epochs": epochs}, "schedule": {"name": "constant"}}
-        run_ranks(1, train_here, small_run(tiny, tmp_path / folder, **sections))
+        sections["placement"] = {"kind": "colocated"}
+        (tmp_path / folder).mkdir(exist_ok=True)
+        # Were it measured, it could be chosen one way here and another way there.
+        (tmp_path / folder / FILE).write_text('{"device": "cpu", "together": true, "why": "it is meant"}')
+        run_ranks(ranks, train_here, small_run(tiny, tmp_path / folder, **sections))
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole
     assert all(torch.equal(x, parts[name]) for name, x in whole.items())
