@@ -37,7 +37,7 @@ def main() -> None:
     given = sys.argv[1:]
     slurm = given[given.index("--slurm") + 1 :] if "--slurm" in given else None
     sys.argv[1:] = given[: given.index("--slurm")] if slurm is not None else given
-    arguments.add_argument("--slurm", action="store_true", help="submit arrays; options of sbatch follow, to the end")
+    arguments.add_argument("--slurm", action="store_true", help="submit an array; options of sbatch follow, to the end")
     options, chosen, overrides = arguments.parse_words()
     if chosen is None:
         arguments.error("SWEEP is missing; expected a YAML file, such as configs/tables/quickstart.yaml")

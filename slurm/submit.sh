@@ -2,6 +2,7 @@
 # Checks a config for the number of ranks that it will have, and submits it if nothing is wrong with it:
 #   slurm/submit.sh CONFIG [--nodes=N] [options of sbatch] [section.key=value ...]       one run
 #   slurm/submit.sh CONFIG [CONFIG ...] seeds=0,1,2 [as above]                           an array: each config, each seed
+#   slurm/submit.sh CONFIG [CONFIG ...] seeds=own [as above]                             an array: each config as it is
 # It may be called from anywhere: logs, runs/ and whatever a config or an override says of files are where one stands.
 set -euo pipefail
 COHORT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -11,7 +12,7 @@ ranks=${RANKS_PER_NODE:-}
 configs=() options=() overrides=() seeds=
 while (($#)); do
   case $1 in
-    -h | --help) sed -n '2,5s/^# //p' "$COHORT/slurm/submit.sh"; exit ;;
+    -h | --help) sed -n '2,6s/^# //p' "$COHORT/slurm/submit.sh"; exit ;;
     --*=* | -?=*) options+=("$1") ;;
     -*)
       options+=("$1")
@@ -66,7 +67,7 @@ world=$((nodes * ${ranks:-${gpus##*:}}))
 for config in "${configs[@]}"; do
   # As each job of an array will be named, too.
   named=()
-  [[ $script == */train.sbatch ]] || named=(name="$(name_of "$config" 0)")
+  [[ $script == */train.sbatch || $seeds == seeds=own ]] || named=(name="$(name_of "$config" 0)")
   "$PYTHON" "$COHORT/launch/train.py" "$config" "${overrides[@]}" "${named[@]}" --check --ranks "$world" || { echo "not submitted" >&2; exit 2; }
 done
 

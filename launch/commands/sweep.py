@@ -140,15 +140,17 @@ def _to_do(grid: Grid, cells: Sequence[Cell], table: Table, *, retry: bool) -> I
 
 
 def _submit(grid: Grid, cells: Sequence[Cell], options: Sequence[str], *, retry: bool) -> int:
-    """An array for each seed, as slurm/submit.sh makes them. Returns: the exit code."""
-    wanted = list(_to_do(grid, cells, Table(grid.folder, cells), retry=retry))
-    if not wanted:
-        print("all runs are complete, or running")
+    """An array of the runs that are to do, as slurm/submit.sh makes it. Returns: the exit code."""
+    configs = [
+        str(on_disk.config_of(grid.folder, cell).absolute())
+        for cell in _to_do(grid, cells, Table(grid.folder, cells), retry=retry)
+    ]
+    if not configs:
+        print("all runs are complete, or running, or have failed")
+        return 0
+    command = ["bash", str(ROOT / "slurm" / "submit.sh"), *configs, "seeds=own", *options]
     environment = {**os.environ, "WANDB_RUN_GROUP": grid.name}
-    for seed in dict.fromkeys(cell.seed for cell in wanted):
-        configs = [str(on_disk.config_of(grid.folder, cell).absolute()) for cell in wanted if cell.seed == seed]
-        command = ["bash", str(ROOT / "slurm" / "submit.sh"), *configs, f"seeds={seed}", *options]
-        if code := subprocess.run(command, env=environment, check=False).returncode:
-            return code
+    if code := subprocess.run(command, env=environment, check=False).returncode:
+        return code
     print(f"how far they are: python launch/sweep.py ... --show; then python launch/report.py {grid.folder}")
     return 0

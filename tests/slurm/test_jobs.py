@@ -18,6 +18,7 @@ from engine.config import RunConfig
 from engine.config.loading import dump, load
 from engine.reporting.tracking import read_metrics
 from tests.kills import assert_same_state, final_state, last_step, numbers
+from tests.launch.test_sweep import sweep_file
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
 
@@ -234,6 +235,26 @@ def test_an_array_trains_each_config_with_each_seed(tiny: Path, checkout: Path) 
             config = load(run / "config.yaml")
             assert config.seed == seed
             assert (run / "table.txt").exists()
+
+
+def test_a_sweep_is_an_array_of_its_runs_and_shows_how_far_they_are(tiny: Path, checkout: Path) -> None:
+    file = sweep_file(tiny, checkout, dir="sweep", seeds=[3, 5])
+    sweep = [sys.executable, "launch/sweep.py", str(file)]
+    options = ["--slurm", "--nodes=1", "--cpus-per-task=1", "--gpus-per-node=0"]
+    found = re.findall(r"job (\d+) is in the queue", slurm(*sweep, *options))
+    assert len(found) == 1
+    wait(lambda: not slurm("squeue", "--noheader", "--job", found[0]), "the end of the array")
+    assert len(list(checkout.glob(f"cohort-{found[0]}_*.log"))) == 4
+    shown = slurm(*sweep, "--show")
+    for method in ("independent", "dml"):
+        for seed in (3, 5):
+            name = f"{method}-r8-seed{seed}"
+            assert re.search(rf"^{name} +complete +2 ", shown, re.MULTILINE), shown
+            config = load(checkout / "sweep" / name / "config.yaml")
+            assert (config.name, config.seed, config.method.name) == (f"small-{name}", seed, method)
+    again = slurm(*sweep, *options)
+    assert "all runs are complete" in again
+    assert "is in the queue" not in again
 
 
 def test_paths_are_those_of_whoever_submits(tiny: Path, checkout: Path, tmp_path: Path) -> None:
