@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_pipelines import Batch, DataError, Pipeline
 from engine.cohort.cohort import open_cohort
+from engine.cohort.compiling import compiled_so_far
 from engine.cohort.optim import rate_of
 from engine.cohort.precision import set_precision
 from engine.config import RunConfig
@@ -226,7 +227,7 @@ class _Run:
             self.tracker = follow(self.config, self.placement, self.step, self.steps, found.said, self._held.check)
             self.tracker.say("\n".join(summary(self.config, self.placement, self.pipeline, self.device, self.steps)))
             write_json(self.config.folder / "classes.json", self.pipeline.class_names)
-        self._say = self.tracker.say if self.tracker else _say_nothing
+        self._say = self.cohort.compiler.say = self.tracker.say if self.tracker else _say_nothing
         if not self.step:
             for note in (*remarks(self.config, self.steps_per_epoch, self.pipeline.train_size), *twins(self.cohort)):
                 self._say(f"note: {note}")
@@ -274,6 +275,8 @@ class _Run:
         if not self._where.limited:
             limit_waiting(self.config.train.timeout)
             self._where.limited = True
+            if (compiled := compiled_so_far()) is not None:
+                self._say(str(compiled))
         if self.step + 1 < self.steps:
             self.stopped_by = self._preemption.agreed(outcome.stop)
 
@@ -301,15 +304,8 @@ class _Run:
             tell_damage(self.pipeline, self.placement, self.config.folder, self._say)
         if save and keeps:
             self._aside = "checkpoint"
-            standing = Standing(
-                self.step,
-                self.best,
-                self.meter.in_a_row,
-                self.losses.recent,
-                len(self.rollbacks),
-                self.steps_per_epoch,
-                self.pipeline.contents,
-            )
+            here = self.step, self.best, self.meter.in_a_row, self.losses.recent
+            standing = Standing(*here, len(self.rollbacks), self.steps_per_epoch, self.pipeline.contents)
             keep = _kept(self.config, now) if calm else ALL
             self._save(standing, keep, last=now.ends_run or self.stopped_by is not None)
         if self.stopped_by:

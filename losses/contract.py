@@ -112,6 +112,15 @@ class Method(nn.Module, ABC):
         labels smoothed; all others take targets of either form."""
         return False
 
+    @classmethod
+    def compile_hindrance(cls, options: Any) -> str | None:
+        """Why `precision.compile` leaves `forward` alone with these options; None where it is compiled, as one graph.
+
+        `progress.step` is then an int64 tensor []: what is reckoned from it may weigh terms, as `ramp_up` of
+        `losses.functional` does, and what decides by it is no graph. That is found, said, and left alone as well.
+        """
+        return None
+
     def head(self, peer: PeerInfo) -> nn.Module | None:
         """Builds what is attached to one peer and left behind at export: {`logits`, `features`, maps} -> further
         signals."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -141,14 +142,23 @@ def tempered_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     )
 
 
-def ramp_up(epoch: int, length: int) -> float:
+@overload
+def ramp_up(epoch: int, length: int) -> float: ...
+@overload
+def ramp_up(epoch: Tensor, length: int) -> Tensor | float: ...
+def ramp_up(epoch: int | Tensor, length: int) -> Tensor | float:
     """exp(-5 (1 - min(e, L) / L)^2): from 0.0067 in epoch 0 up to 1 from epoch L on. A length of 0 means no ramp: 1.
 
     Args:
-        epoch: e, counted from 0 and constant within an epoch (`Progress.epoch`).
+        epoch: e, counted from 0 and constant within an epoch (`Progress.epoch`); a tensor [] where the objective is
+            compiled.
         length: L, in epochs.
     """
-    return math.exp(-5 * (1 - min(epoch, length) / length) ** 2) if length else 1.0
+    if not length:
+        return 1.0
+    if isinstance(epoch, Tensor):
+        return torch.exp(-5 * (1 - epoch.clamp_max(length) / length) ** 2)
+    return math.exp(-5 * (1 - min(epoch, length) / length) ** 2)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -70,6 +70,12 @@ class KDCL(HeldOutSurveys, Method):
     def needs_classes(cls, options: KDCLOptions) -> bool:
         return options.ensemble == "minlogit"  # whose margins are those to the class
 
+    @classmethod
+    def compile_hindrance(cls, options: KDCLOptions) -> str | None:
+        if options.ensemble != "linear":
+            return None
+        return f"method.ensemble = linear finds its mixtures in {_ROUNDS} rounds, which would be compiled one by one"
+
     def forward(
         self, residents: Sequence[int], signals: Sequence[Signals], targets: Tensor, progress: Progress
     ) -> Terms:

@@ -52,6 +52,12 @@ class Contrastive(AllRows, Tables, ActsAfterStep, Method):
         return True
 
     @classmethod
+    def compile_hindrance(cls, options: ContrastiveOptions) -> str | None:
+        if options.negatives != "memory":
+            return None
+        return "method.negatives = memory draws from banks, by the number of the step"
+
+    @classmethod
     def check(cls, options: ContrastiveOptions, num_peers: int) -> None:
         if num_peers < 2:
             raise ValueError(f"{cls.name} needs at least 2 peers to teach each other, found 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -100,9 +100,11 @@ class PCL(Teachers, SharedTrunk, Method):
             terms[j, "kd_teachers"] = weight * taught.kl(j, log_p)
         return terms
 
-    def _ramp_up(self, epoch: int) -> float:
+    def _ramp_up(self, epoch: int | Tensor) -> Any:
         if self.options.ramp_up == "none":
             return 1.0
         if self.options.ramp_up == "repository":
+            if isinstance(epoch, Tensor):
+                return torch.where(epoch <= 80, torch.exp(-5.0 * (1 - epoch) ** 2), 1.0)
             return math.exp(-5 * (1 - epoch) ** 2) if epoch <= 80 else 1.0
         return ramp_up(epoch, self.options.ramp_up_epochs)

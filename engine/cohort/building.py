@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -14,6 +15,7 @@ from torch import nn
 
 import models
 from engine.cohort.averaging import averaged
+from engine.cohort.compiling import Compiler
 from engine.cohort.drop_path import DropPathSchedule
 from engine.cohort.frozen import Frozen, reference
 from engine.cohort.optim import make_optimizer, set_weight_decay
@@ -71,6 +73,8 @@ class Builder:
         self._steps_per_epoch = steps_per_epoch
         self._memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self._of_trunk: Said = {}
+        on = config.precision.compile and streams.device.type != "meta"
+        self.compiler = Compiler(streams.device, on, partial(print, file=sys.stderr, flush=True))
         self.schedules: list[Schedule | DropPathSchedule] = []
         """Of all optimisers that have been made."""
 
@@ -93,6 +97,7 @@ class Builder:
                 f"{method.name}: modules that all peers share need one turn, signals without gradient and peers that "
                 "all learn"
             )
+        self.compiler.objective(method)
         return self._placed(method)
 
     def trunk(self, outline: Outline, method: Method) -> Trunk | None:
@@ -104,14 +109,13 @@ class Builder:
         module, _ = cut(whole, outline.trunk)
         below = {name: path for name, path in outline.taps.items() if _has(module, path)}
         taps = Taps(module, below, {})
-        if self._config.precision.compile:
-            module.compile()
+        self.compiler.network(module, "the trunk")
         peers = self._placement.num_peers if method.trunk_gradient == "mean" else 1
         return Trunk(module, self.averaged_over_all(module), taps, _into_trunk(self._placement, peers))
 
     def resident(self, index: int, outline: Outline, method: Method, trunk: Trunk | None) -> Resident:
         """A peer that lives here."""
-        own = self._config.cohort[index][1]
+        name, own = self._config.cohort[index]
         head = self._head(index, outline, method)
         network = self._network(index, initial=True)
         config = self._config.optimizer_of(own)
@@ -121,10 +125,11 @@ class Builder:
             _, network = cut(network, outline.trunk)
             whole = Joined(trunk.module, network)
         ema = _average(whole, method, self._config, self._streams.device) if own.learns else None
+        if isinstance(ema, Teacher):
+            self.compiler.network(ema.module, f"the teacher that follows {name}")
         above = {name: path for name, path in outline.taps.items() if _has(network, path)}
         taps = Taps(network, above, outline.inputs) if outline.inputs else None
-        if self._config.precision.compile:
-            network.compile()
+        self.compiler.network(network, name)
         outer = list(method.outer(head)) if head is not None and isinstance(method, OuterProblem) else []
         outer_optimizer = self.optimizer(nn.ParameterList(outer), config) if outer else None
         for p in outer:
@@ -134,7 +139,7 @@ class Builder:
         alone = [names[id(p)] for p in _unsynchronised(method, head)]
         return Resident(
             index=index,
-            name=self._config.cohort[index][0],
+            name=name,
             peer=peer,
             whole=whole,
             wrapped=averaged(peer, self._replica_group, self._streams.device, alone) if own.learns else Frozen(peer),
@@ -200,8 +205,7 @@ class Builder:
 
     def _copy(self, index: int) -> nn.Module:
         network = self._network(index)
-        if self._config.precision.compile:
-            network.compile()
+        self.compiler.network(network, f"a copy of {self._config.cohort[index][0]}")
         return network
 
     def _head(self, index: int, outline: Outline, method: Method) -> nn.Module | None:
@@ -241,7 +245,7 @@ def turns(config: RunConfig) -> Sequence[Sequence[int]]:
 
 def _average(whole: nn.Module, method: Method, config: RunConfig, device: torch.device) -> ModelEmaV3 | Teacher | None:
     if isinstance(method, Teachers):
-        return Teacher(whole, compiled=config.precision.compile)
+        return Teacher(whole)
     decay, warmup = config.train.ema_decay, config.train.ema_warmup
     if not decay:
         return None

@@ -65,6 +65,7 @@ class Cohort:
         sizes = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
         sizes |= {"steps_per_epoch": steps_per_epoch}
         builder = Builder(config, placement, self.streams, self.replica_group, initial=initial, **sizes)
+        self.compiler = builder.compiler
         outlines = [builder.outline(index) for index in range(placement.num_peers)]
         self.method = builder.method(outlines)
         self.turns = turns(config)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from engine.cohort.compiling import set_compiler
 from engine.config import RunConfig
 
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,11 +20,7 @@ AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def set_precision(config: RunConfig, device: torch.device) -> None:
     """For all networks of this process, before the first is built."""
     if config.precision.compile:
-        # The limit counts what all networks of one class are compiled to: every peer, its average or teacher, and the
-        # copy of it that a method keeps, each in training and in evaluation, and for a last batch that is smaller.
-        limit = 16 * 3 * len(config.cohort)
-        torch._dynamo.config.recompile_limit = limit
-        torch._dynamo.config.accumulated_recompile_limit = max(256, limit)
+        set_compiler(3 * len(config.cohort))
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = config.precision.tf32

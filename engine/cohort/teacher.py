@@ -9,18 +9,11 @@ from torch import Tensor, nn
 
 
 class Teacher(nn.Module):
-    """A copy of a network whose parameters follow it, and whose BatchNorm statistics come from its own forward passes.
+    """A copy of a network whose parameters follow it, and whose BatchNorm statistics are of its own forward passes."""
 
-    Args:
-        network: what to copy and to follow.
-        compiled: whether the copy is compiled.
-    """
-
-    def __init__(self, network: nn.Module, *, compiled: bool = False) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.module = copy.deepcopy(network).requires_grad_(False).train()
-        if compiled:
-            self.module.compile()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -18,7 +18,11 @@ class PrecisionConfig(Section):
     )
     tf32: bool = Field(True, description="TF32 in float32 matrix products and convolutions on GPUs that have it")
     channels_last: bool = Field(True, description="channels-last memory for images and networks")
-    compile: bool = Field(False, description="torch.compile the networks")
+    compile: bool = Field(
+        False,
+        description="torch.compile the networks, and the method's objective where that is one graph; what cannot be "
+        "compiled is said and stays as it is",
+    )
     graphs: Annotated[Literal["off", "on"], ON_OFF] = Field(
         "off",
         description="on: the update of a step (forward of all peers, objective, backward, optimisers) is captured as "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.cohort.compiling import compiled_so_far
 from engine.config import RunConfig
 from engine.reporting.tracking import Tracker
 from engine.safety.health import CODES, Collapse, Signs, named
@@ -59,6 +60,8 @@ def training_line(config: RunConfig, stretch: Stretch, reading: Reading, signs: 
 def report_training(tracker: Tracker, config: RunConfig, stretch: Stretch, reading: Reading, signs: Signs) -> None:
     """Keeps a line about training, and shows the mean loss of the peers that this run trains, and the speed."""
     line = training_line(config, stretch, reading, signs) | {"speed/peak_mib": peak_mib()}
+    if (compiled := compiled_so_far()) is not None:
+        line["speed/compiled_s"] = compiled.seconds
     tracker.write(stretch.end, line)
     loss = sum(values.nanmean().item() for values in reading.terms.values()) / len(config.learners)
     images = f"{line['speed/images_per_second']:.0f}/s"
