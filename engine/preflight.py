@@ -79,7 +79,7 @@ def check_run(
         raise ConfigError(f"train.peer_threads = {config.train.peer_threads}: {reason}; expected 1")
     if config.train.batch_peers == "on" and (reason := hindrance(config, placement)) is not None:
         raise ConfigError(f"train.batch_peers = on: {reason}; expected off or auto")
-    if config.precision.graphs == "on" and (reason := graphs.hindrance(config, placement)) is not None:
+    if config.precision.graphs == "on" and (reason := graphs.hindrance(config)) is not None:
         raise ConfigError(f"precision.graphs = on: {reason}; expected off")
     _check_reading(config, placement)
     _check_schedule(config, check_data(config))

@@ -18,7 +18,7 @@ from engine.cohort.buffers import Remembered, average_statistics, statistics_sta
 from engine.cohort.building import Builder, turns
 from engine.cohort.drop_path import DropPathSchedule
 from engine.cohort.gradients import scale_gradient
-from engine.cohort.precision import AUTOCAST, autocast, exact_products
+from engine.cohort.precision import AUTOCAST, autocast, capturable, exact_products
 from engine.cohort.randomness import Streams
 from engine.cohort.side_by_side import SideBySide
 from engine.cohort.teacher import Teacher
@@ -283,16 +283,17 @@ def open_cohort(
     Raises:
         ConfigError: the images are not fit for the method.
     """
-    cohort = Cohort(
-        config,
-        placement,
-        device,
-        num_classes=pipeline.num_classes,
-        channels=pipeline.channels,
-        image_size=pipeline.image_size,
-        steps_per_epoch=pipeline.steps_per_epoch,
-        initial=initial,
-    )
+    with capturable(config, device):
+        cohort = Cohort(
+            config,
+            placement,
+            device,
+            num_classes=pipeline.num_classes,
+            channels=pipeline.channels,
+            image_size=pipeline.image_size,
+            steps_per_epoch=pipeline.steps_per_epoch,
+            initial=initial,
+        )
     if pipeline.class_weights is not None:
         weight = torch.from_numpy(pipeline.class_weights).to(device)
         cohort.method.classify = partial(cohort.method.classify, weight=weight)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -25,6 +26,19 @@ def set_precision(config: RunConfig, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = config.precision.tf32
         torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
+
+
+@contextlib.contextmanager
+def capturable(config: RunConfig, device: torch.device) -> Iterator[None]:
+    """What is built within can be captured (`precision.graphs`): DDP adds gradients up on the stream on which it was
+    made, and no graph takes anything from the default one."""
+    if device.type != "cuda" or config.precision.graphs == "off" or dist.get_world_size() == 1:
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

@@ -26,5 +26,5 @@ class PrecisionConfig(Section):
     graphs: Annotated[Literal["off", "on"], ON_OFF] = Field(
         "off",
         description="on: the update of a step (forward of all peers, objective, backward, optimisers) is captured as "
-        "one CUDA graph and launched at once, on one rank; not yet tried on a GPU",
+        "one CUDA graph and launched at once; not yet tried on a GPU",
     )

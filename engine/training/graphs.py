@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data_pipelines import Batch
@@ -14,7 +15,6 @@ from engine.cohort.cohort import Cohort
 from engine.cohort.optim import fusible
 from engine.cohort.randomness import Streams
 from engine.config import RunConfig
-from engine.ranks.placement import Placement
 from engine.training.step import Update, update_peers
 from engine.training.timing import Clock
 from losses import METHODS, Progress
@@ -24,12 +24,13 @@ from losses.contrast import ContrastiveOptions
 WARM = 3
 """Updates before one is captured: kernels are chosen, and optimisers make their state, in the first ones."""
 
+WARM_RANKS = 11
+"""The same where there are several ranks: DDP times its first ten."""
 
-def hindrance(config: RunConfig, placement: Placement) -> str | None:
+
+def hindrance(config: RunConfig) -> str | None:
     """Why the updates of a run cannot be captured; None where they can, by all that a config says."""
     method = METHODS[config.method.name]
-    if placement.world > 1:
-        return f"ranks talk within an update, found {placement.world}"
     if config.precision.amp == "fp16":
         return "precision.amp = fp16 has the host decide by the loss scale; bf16 does not"
     for name in dict.fromkeys(config.optimizer_of(peer).name for _, peer in config.cohort):
@@ -50,6 +51,9 @@ class Graphed:
     the host decides is constant within an epoch, and for batches of one shape; after either an update is captured anew.
     On the CPU nothing is captured: an update reads the same static tensors, operation by operation.
 
+    What ranks say to each other within an update is part of it. NCCL takes it from graphs on all ranks or on none, so
+    ranks agree before each capture and after it: what hinders one of them hinders all.
+
     Attributes:
         say: told, once, why updates are not captured after all.
     """
@@ -62,6 +66,8 @@ class Graphed:
     _graph: torch.cuda.CUDAGraph | None = None
     _update: Update | None = None
     _warm: int = 0
+    _fit: bool = False
+    _hindrance: str | None = None
     _given_up: bool = False
 
     def __call__(
@@ -72,18 +78,22 @@ class Graphed:
             return update_peers(cohort, batches, progress, clock, stop)
         key = progress.epoch, tuple(x.shape for batch in batches for x in (*batch.views, batch.targets))
         if key != self._key:
-            self._key, self._graph, self._update = key, None, None
+            self._key, self._graph, self._update, self._fit = key, None, None, False
             self._static = [Batch(tuple(map(torch.clone, b.views)), b.targets.clone(), b.ids.clone()) for b in batches]
         self._fill(batches, stop)
         assert self._stop is not None
         rates = _rates(cohort)
         with _RatesOnDevice(cohort, self._hold(rates, cohort.device)):
             if self._graph is None:
-                if cohort.device.type != "cuda" or self._warm < WARM:
+                if self._warm < (WARM if cohort.placement.world == 1 else WARM_RANKS):
                     self._warm += 1
                     return self._watched(cohort, progress, clock)
-                if not self._capture(cohort, progress):
+                if not self._fit:
+                    self._fit = self._agreed(self._hindrance or _silence(cohort))
+                if not self._fit or (cohort.device.type == "cuda" and not self._capture(cohort, progress)):
                     return update_peers(cohort, batches, progress, clock, stop)
+                if self._graph is None:
+                    return update_peers(cohort, self._static, progress, clock, self._stop)
         assert self._graph is not None
         assert self._update is not None
         self._graph.replay()
@@ -122,27 +132,43 @@ class Graphed:
         finally:
             cohort.streams = streams
         if listening.drew():
-            self._give_up("networks or the method draw random numbers in it, such as dropout")
+            self._hindrance = "networks or the method draw random numbers in it, such as dropout"
         return found
 
     def _capture(self, cohort: Cohort, progress: Progress) -> bool:
         assert self._stop is not None
-        streams, graph = cohort.streams, torch.cuda.CUDAGraph()
+        streams, graph, hindrance = cohort.streams, torch.cuda.CUDAGraph(), None
         cohort.streams = _Silent(streams.seed, streams.num_peers, streams.replica, streams.device)
         try:
             # Other threads, which save or load meanwhile, are not part of it.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._update = update_peers(cohort, self._static, progress, _NoClock(cohort.device), self._stop)
-            self._graph = graph
         except RuntimeError as error:
-            self._give_up(str(error).strip().partition("\n")[0])
+            hindrance = str(error).strip().partition("\n")[0]
         finally:
             cohort.streams = streams
+        if self._agreed(hindrance):
+            self._graph = graph
         return self._graph is not None
 
-    def _give_up(self, reason: str) -> None:
-        self._given_up = True
-        self.say(f"precision.graphs = on: updates are not captured, but launched one operation after another: {reason}")
+    def _agreed(self, hindrance: str | None) -> bool:
+        """Whether nothing hinders any rank; what does is said, and that was the last try. All ranks call this."""
+        everyone: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, hindrance)
+        reason = next((found for found in everyone if found is not None), None)
+        if reason is not None:
+            self._given_up = True
+            how = "updates are not captured, but launched one operation after another"
+            self.say(f"precision.graphs = on: {how}: {reason}")
+        return reason is None
+
+
+def _silence(cohort: Cohort) -> str | None:
+    """Why what ranks say to each other is no part of a graph on this cohort's device; None where it can be."""
+    if cohort.placement.world == 1 or cohort.device.type != "cuda":
+        return None
+    name = dist.group.WORLD._get_backend(cohort.device).name()  # type: ignore[union-attr]
+    return None if name == "nccl" else f"ranks talk by {name}, which waits for the host"
 
 
 def _rates(cohort: Cohort) -> list[float]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.training.graphs import WARM, Graphed
+from engine.training.graphs import WARM, WARM_RANKS, Graphed
 from engine.training.step import train_step
 from engine.training.timing import Clock
 from losses import Progress
@@ -21,12 +21,14 @@ STEPS, OF_EPOCH = 2 * WARM + 4, WARM + 2
 """An update is captured in the first epoch, and anew in the second."""
 
 
-def trained(device: str, method: str, together: str, graphed: bool) -> tuple[dict[str, Tensor], list[str], bool]:
+def trained(
+    device: str, method: str, together: str, graphed: bool, steps: int = STEPS
+) -> tuple[dict[str, Tensor], list[str], bool]:
     """The state at the end, what was said, and whether the last update was a graph."""
     cohort = a_cohort(config_of({"name": method}, 3, train={"batch_peers": together}), torch.device(device, 0))
     said: list[str] = []
     graphs = Graphed(said.append)
-    for step in range(STEPS):
+    for step in range(steps):
         batches, progress = on_the_device(cohort, step), Progress(step, OF_EPOCH, 2)
         train_step(cohort, batches, progress, Clock(cohort.device), None, graphs if graphed else None)
     return {name: x.cpu() for name, x in state(cohort).items()}, said, graphs.captured
@@ -40,3 +42,12 @@ def test_captured_updates_are_the_ordinary_ones(method: str, together: str, devi
     assert said == []
     assert captured == (device == "cuda")
     assert_close(other, plain, 1e-4)
+
+
+def test_ranks_that_share_a_gpu_say_why_nothing_is_captured(device: str) -> None:
+    """They talk by gloo."""
+    for _, said, captured in run_world(2, trained, device, "dml", "off", True, WARM_RANKS + 2):
+        assert not captured
+        if device == "cuda":
+            assert said[0].endswith("one operation after another: ranks talk by gloo, which waits for the host")
+        assert len(said) == (device == "cuda")

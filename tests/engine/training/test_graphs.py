@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.config import ConfigError
 from engine.preflight import check_run
 from engine.ranks.collectives import Launch
-from engine.training.graphs import Graphed, hindrance
+from engine.training.graphs import WARM_RANKS, Graphed
 from engine.training.step import train_step
 from engine.training.timing import Clock
 from losses import Progress
@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def steps(cohort: Any, updater: Graphed | None, spoiled: int) -> dict[Any, Any]:
+def steps(cohort: Any, updater: Graphed | None, spoiled: int, count: int = 7) -> dict[Any, Any]:
     """State, and what is told of each step; the images of one are spoiled, so that its update is skipped."""
 
     def spoil(step: int, rank: int, images: Tensor) -> None:
@@ -41,7 +41,7 @@ def steps(cohort: Any, updater: Graphed | None, spoiled: int) -> dict[Any, Any]:
             images.fill_(torch.inf)
 
     stop, told = torch.zeros(1), []
-    for step, pieces in batches(cohort, range(7), spoil=spoil):
+    for step, pieces in batches(cohort, range(count), spoil=spoil):
         stop.fill_(3.0 * (step == 5))
         outcome = train_step(cohort, pieces, Progress(step, 5, 2), Clock(CPU), stop, updater)
         told.append((str(numbers_of(outcome)), outcome.skipped.item(), outcome.stop.item()))
@@ -102,7 +102,46 @@ def test_what_cannot_be_captured_is_refused(method: dict[str, Any], sections: di
         check_run(config, Launch(0, 0, 1))
 
 
-def test_several_ranks_are_refused() -> None:
-    from engine.ranks.planning.choosing import plan
+PLACES: dict[str, tuple[int, Any, dict[str, Any]]] = {
+    "colocated": (2, 2, {"placement": {"kind": "colocated"}}),
+    "spread over 2 replicas": (4, 2, {"placement": {"kind": "spread"}}),
+    "hybrid, together": (2, 4, {"placement": {"kind": "hybrid", "peers_per_rank": 2}, "train": {"batch_peers": "on"}}),
+    "balanced": (3, 2, {"placement": {"kind": "balanced"}, "data": {"global_batch": 17}}),
+}
 
-    assert hindrance(config_of(), plan(config_of(), 2, 0)) == "ranks talk within an update, found 2"
+
+def both_on_ranks(place: str) -> list[dict[Any, Any]]:
+    _, peers, sections = PLACES[place]
+    found, said = [], []
+    for updater in (None, Graphed(said.append)):
+        cohort = cohort_of(config_of({"name": "dml"}, peers, **sections))
+        found.append(steps(cohort, updater, spoiled=3, count=WARM_RANKS + 2))
+    assert not said
+    return found
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_updates_on_several_ranks_are_the_same_bits(place: str) -> None:
+    for plain, static in run_world(PLACES[place][0], both_on_ranks, place):
+        assert plain["told"] == static["told"]
+        for key, x in plain.items():
+            if isinstance(x, Tensor):
+                torch.testing.assert_close(static[key], x, rtol=0, atol=0, equal_nan=True, msg=key)
+
+
+def with_dropout_on_rank_1() -> list[str]:
+    peers = [
+        {"network": "cifar_resnet8_b", "options": {"width": 4}},
+        {"network": "cifar_wrn_10_1", "options": {"dropout": 0.2}},
+    ]
+    cohort, said = cohort_of(config_of({"name": "dml"}, peers, placement={"kind": "spread"})), []
+    steps(cohort, Graphed(said.append), spoiled=-1, count=WARM_RANKS + 2)
+    return said
+
+
+def test_what_hinders_one_rank_hinders_all() -> None:
+    reason = "networks or the method draw random numbers in it, such as dropout"
+    for said in run_world(2, with_dropout_on_rank_1):
+        assert said == [
+            f"precision.graphs = on: updates are not captured, but launched one operation after another: {reason}"
+        ]
