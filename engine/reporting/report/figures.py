@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,12 @@ from engine.reporting.report.runs import Run
 
 COLOURS = ("#6b7280", "#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#b91c1c", "#65a30d", "#92400e")
 """Of the rows of a group, in their order; the first is grey."""
+
+_STROKES = ("-", "--", ":", "-.")
+"""Of the rows that have the first nine colours, the next nine, ..."""
+
+_FEW = 5
+"""Rows whose curves can be told apart where their deviations and names lie among them."""
 
 _SCALED = ", on the scale of the second half of training"
 
@@ -83,14 +90,23 @@ def _agreement(run: Run) -> _Points:
 
 def _curves_of(group: Group, points: Callable[[Run], _Points], ylabel: str) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
-        for row, colour in zip(group.rows, _colours(group), strict=True):
-            _draw_row(axes, row, points, colour)
+        few = len(group.rows) <= _FEW
+        for row, (colour, stroke) in zip(group.rows, _looks(group), strict=True):
+            _draw_row(axes, row, points, colour, stroke, band=few)
         if points is not _loss:
             _scale(axes)
         axes.set_xlabel("epoch")
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize="small", frameon=False)
+        if few:
+            axes.legend(fontsize="small", frameon=False)
+        else:
+            # Beside the curves, in the order in which they end.
+            drawn = [line for line in axes.lines if len(line.get_ydata())]
+            drawn.sort(key=lambda line: -line.get_ydata()[-1])
+            axes.legend(
+                handles=drawn, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), labelspacing=0.2
+            )
 
     return draw
 
@@ -104,7 +120,7 @@ def _scale(axes: Any) -> None:
         axes.set_ylim(min(late) - room, max(late) + room)
 
 
-def _draw_row(axes: Any, row: Row, points: Callable[[Run], _Points], colour: str) -> None:
+def _draw_row(axes: Any, row: Row, points: Callable[[Run], _Points], colour: str, stroke: str, *, band: bool) -> None:
     """The mean over runs, and a band of a standard deviation to each side where there are several."""
     at: dict[float, list[float]] = {}
     for run in row.finished or row.runs:
@@ -115,15 +131,15 @@ def _draw_row(axes: Any, row: Row, points: Callable[[Run], _Points], colour: str
     # Where some runs are not yet, a mean would jump.
     xs = sorted(x for x, values in at.items() if len(values) == most)
     means = [sum(at[x]) / most for x in xs]
-    axes.plot(xs, means, color=colour, linewidth=1.6, label=row.method)
-    if most > 1:
+    axes.plot(xs, means, stroke, color=colour, linewidth=1.6, label=row.method)
+    if band and most > 1:
         widths = [math.sqrt(sum((y - m) ** 2 for y in at[x]) / (most - 1)) for x, m in zip(xs, means, strict=True)]
         low, high = ([m + side * w for m, w in zip(means, widths, strict=True)] for side in (-1, 1))
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _draw_gains(axes: Any, group: Group, rows: Sequence[Row]) -> None:
-    colours = dict(zip((row.method for row in group.rows), _colours(group), strict=True))
+    colours = {row.method: colour for row, (colour, _) in zip(group.rows, _looks(group), strict=True)}
     for place, row in enumerate(rows):
         gain = group.gain(row, "deployed", "last")
         assert gain is not None
@@ -137,11 +153,14 @@ def _draw_gains(axes: Any, group: Group, rows: Sequence[Row]) -> None:
     axes.grid(axis="x", alpha=0.25)
 
 
-def _colours(group: Group) -> list[str]:
-    """The baseline is grey."""
-    others = [row for row in group.rows if row is not group.baseline]
-    places = {id(row): 1 + index % (len(COLOURS) - 1) for index, row in enumerate(others)}
-    return [COLOURS[places.get(id(row), 0)] for row in group.rows]
+def _looks(group: Group) -> list[tuple[str, str]]:
+    """Colour and stroke of each row. The baseline is grey."""
+    others = itertools.cycle(itertools.product(_STROKES, COLOURS[1:]))
+    looks = []
+    for row in group.rows:
+        stroke, colour = (_STROKES[0], COLOURS[0]) if row is group.baseline else next(others)
+        looks.append((colour, stroke))
+    return looks
 
 
 def _svg(draw: Callable[[Any], None]) -> str:

@@ -33,7 +33,11 @@ td.long { white-space: normal; min-width: 16em; overflow-wrap: anywhere; }
 figure { margin: 0; padding: 12px; background: var(--paper); border: 1px solid var(--line); border-radius: 8px; }
 figure img { width: 100%; height: auto; display: block; } figure b { display: block; font-size: .9rem; }
 li { overflow-wrap: anywhere; } code { font-size: .85em; }
+summary { cursor: pointer; padding: 4px 0; color: var(--soft); font-size: .875rem; }
 """
+
+_LONG = 24
+"""Rows of a table above which one has to ask for them."""
 
 
 def as_html(title: str, about: str, groups: Sequence[Group]) -> str:
@@ -80,7 +84,12 @@ def in_words(group: Group) -> str:
     """What the numbers of a group say, in a sentence or two."""
     if group.baseline is None:
         return "No row of networks that train alone: gains cannot be given."
-    said = []
+    said: dict[str, list[str]] = {
+        "a gain": [],
+        "a loss": [],
+        "not to be told from none": [],
+        "one seed says little": [],
+    }
     for row in group.rows:
         gain = group.gain(row, "deployed", "last")
         if gain is None:
@@ -91,8 +100,9 @@ def in_words(group: Group) -> str:
             verdict = "not to be told from none"
         else:
             verdict = "a gain" if gain.mean > 0 else "a loss"
-        said.append(f"{row.method} {shown_gain(gain)}: {verdict}")
-    return f"Against the same networks trained alone, in points of top-1: {'; '.join(said)}." if said else ""
+        said[verdict].append(f"{row.method} {shown_gain(gain)}")
+    parts = [f"{verdict}: {', '.join(rows)}" for verdict, rows in said.items() if rows]
+    return f"Against the same networks trained alone, in points of top-1; {'; '.join(parts)}." if parts else ""
 
 
 def recipe_table(group: Group) -> Table:
@@ -171,7 +181,7 @@ def _html_table(table: Table) -> str:
             text = f"<b>{escape(cell)}</b>" if (i, j) in table.strong else escape(cell)
             cells.append(f'<td class="long">{text}</td>' if len(cell) > 48 else f"<td>{text}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        f'<h3>{escape(table.title)}</h3><p class="note">{escape(table.note)}</p><div class="scroll"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+    whole = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    if len(body) > _LONG:
+        whole = f"<details><summary>{len(body)} rows</summary>{whole}</details>"
+    return f'<h3>{escape(table.title)}</h3><p class="note">{escape(table.note)}</p>{whole}'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.config import ConfigError
 from engine.config.loading import dump_anywhere, load
 from engine.reporting.report.classes import confusions, per_class
 from engine.reporting.report.comparing import compare
+from engine.reporting.report.figures import figures_of
 from engine.reporting.report.page import as_html, as_text, in_words
 from engine.reporting.report.published import published
 from engine.reporting.report.runs import Labels, Run, read_run
@@ -89,8 +91,8 @@ def test_rows_over_seeds_and_what_they_gain(tmp_path: Path) -> None:
     assert dml.cost() == {"step": 500.0, "data": 5.0, "peak_mib": pytest.approx((102 * 3 + 101) / 4)}
     half = 4.3027 / math.sqrt(3)
     assert in_words(group) == (
-        "Against the same networks trained alone, in points of top-1: "
-        f"dml +2.00 [{2 - half:+.2f}, {2 + half:+.2f}]: not to be told from none."
+        "Against the same networks trained alone, in points of top-1; "
+        f"not to be told from none: dml +2.00 [{2 - half:+.2f}, {2 + half:+.2f}]."
     )
     text = as_text("title", "about", [group])
     assert (
@@ -114,6 +116,19 @@ def test_the_best_exit_of_a_peer_stands_beside_it(tmp_path: Path) -> None:
     assert run.peers()["cifar_resnet8_b-1 (best exit)"] == [76.0, 75.0]
     text = as_text("", "", compare([run]))
     assert "| lmcl | cifar_resnet8_b-1 (best exit) | 75.00 | 76.00 |" in text
+
+
+def test_names_of_many_rows_stand_within_the_picture_beside_the_curves_in_the_order_of_their_ends(
+    tmp_path: Path,
+) -> None:
+    methods = ["independent", "dml", "kdcl", "dcl", "codistillation", "mcl", "cl_ilr", "dcm", "one", "ffl", "lmcl"]
+    runs = [made_up(tmp_path, method, 0, [50.0, 70.0 + place]) for place, method in enumerate(methods)]
+    (group,) = compare(runs)
+    svg = next(svg for title, _, svg in figures_of(group) if title == "Validation accuracy")
+    height = float(re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg)[0])
+    at = {name: float(y) for y, name in re.findall(r'<text [^>]* y="([\d.]+)"[^>]*>(\w+)</text>', svg)}
+    assert sorted(methods, key=lambda name: at[name]) == methods[::-1]
+    assert all(0 < at[name] < height for name in methods)
 
 
 def test_runs_of_another_recipe_are_refused_unless_that_is_meant(tmp_path: Path) -> None:
