@@ -10,6 +10,7 @@
     python launch/bench data --folder DIR        images/s of folders, shards, ... and decoders, against other loaders
     python launch/bench listing --images 1281167    the first look at class folders, each one after, and ImageFolder's
     python launch/bench resident                 small images with AutoAugment and Cutout, against other loaders
+    python launch/bench trainer --folder DIR     training on photographs, against a loop of timm's parts
     python launch/bench together                 peers of one network computed as one, against each by itself
     python launch/bench objective                the objective alone at ImageNet's shapes, against KL on every pair
     python launch/bench lmcl                     L-MCL's objective with memory banks against one pair after another
@@ -58,7 +59,7 @@ def main() -> None:
     arguments.add_argument("--amp", choices=["float32", "bf16", "fp16"], default="float32")
     arguments.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="lmcl: rows (default: 8 32)")
     arguments.add_argument(
-        "--folder", type=Path, help="data, decode: train/ and val/; checkpoint, listing: to write in"
+        "--folder", type=Path, help="data, decode, trainer: train/ and val/; checkpoint, listing: to write in"
     )
     arguments.add_argument("--images", type=int, default=100_000, help="listing: files (default: %(default)s)")
     arguments.add_argument("--also", nargs="+", default=[], metavar="FORM=DIR", help="data: it as webdataset, hub")
@@ -68,7 +69,9 @@ def main() -> None:
     arguments.add_argument("--measure", action="store_true", help="placement: foretell from peers that are timed here")
     arguments.add_argument("--cases", nargs="+", metavar="NAME", help="methods, peers: of them; all if absent")
     arguments.add_argument("--peers", type=int, default=2, help="methods: peers of a cohort (default: %(default)s)")
-    arguments.add_argument("--classes", type=int, default=100, help="methods: of the images (default: %(default)s)")
+    arguments.add_argument(
+        "--classes", type=int, default=100, help="methods, trainer: of images (default: %(default)s)"
+    )
     arguments.add_argument("--workers", type=int, default=2, help="peers: of the other's loader (default: %(default)s)")
     arguments.add_argument("--minutes", type=float, default=8.0, help="gpu: limit of all parts (default: 8)")
     arguments.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"gpu: of {', '.join(PARTS)}")

@@ -24,6 +24,7 @@ from launch.bench.loading.listing import listing
 from launch.bench.loading.photos import photos
 from launch.bench.loading.shared import decode
 from launch.bench.loading.small import small
+from launch.bench.loading.training import training
 from launch.bench.objective import objective
 from launch.bench.peers import Workload, bare_step, bench_cohort, engine_step
 from launch.bench.placing import placing
@@ -106,6 +107,10 @@ def _load(options: argparse.Namespace, launch: Launch) -> None:
         raise ConfigError("--folder: missing; expected a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
     if options.what == "decode":
         decode(options.folder, options.batch, options.rounds, options.threads or 1, launch)
+        return
+    if options.what == "trainer":
+        size, rounds, steps = options.size or 224, options.rounds, options.steps
+        training(options.folder, size, options.batch, threads, rounds, steps, options.network, options.classes)
         return
     roots = {"image_folder": options.folder}
     for word in options.also:

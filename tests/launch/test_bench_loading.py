@@ -34,6 +34,8 @@ def test_photos_are_timed_against_other_loaders(tmp_path: Path) -> None:
     for other in ("torchvision (PIL)", "timm (PIL)"):
         assert f" / {other}: " in printed
     assert "would have it wait" in printed
+    printed = bench("trainer", "--folder", str(tmp_path), *words)
+    assert "timm / ours: " in printed
 
 
 @pytest.mark.slow

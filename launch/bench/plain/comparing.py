@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +20,10 @@ from launch.bench.plain import contrast, objectives
 from launch.bench.plain.networks import Shape
 from launch.bench.plain.objectives import Objective
 from launch.bench.plain.trainer import MEAN, STD, Trainer, batches
-from launch.bench.turns import Times, quartiles
+from launch.bench.turns import Times, loading_in_turn, quartiles
 
 CLASSES, SIDE = 10, 32
 _THREADS = "ours, a thread a peer"
-_READY_AHEAD = 4
-"""Steps whose batches the plain trainer's workers may have prepared while it was not its turn: two for each of two."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def peers(
             if threads > 1 and not isinstance(plain.objective, objectives.Branched):
                 variants[_THREADS] = _ours(case, batch, Path(folder), device, threads)
             once = 1 if quick or name == "lmcl-outer" else steps
-            found[name] = _in_turn(variants, rounds, once)
+            found[name] = loading_in_turn(variants, rounds, once)
             print_case(name, case, found[name])
             del plain, variants, data  # its workers end here
         if {"lmcl", "lmcl-outer"} <= found.keys():
@@ -137,23 +134,6 @@ def _ours(case: Case, batch: int, folder: Path, device: torch.device, threads: i
             epoch += 1
 
     return engine_step(cohort, work, batches=epochs())
-
-
-def _in_turn(variants: Mapping[str, Callable[[], object]], rounds: int, steps: int) -> Times:
-    """As `launch.bench.turns.in_turn`, but what workers prepare while it is not their turn neither counts for them nor
-    takes anything from the other: before each timing come a pause and steps that use up what lay ready."""
-    times: Times = {name: [] for name in variants}
-    for done in range(rounds + 1):
-        for name in list(variants)[:: 1 if done % 2 else -1]:
-            time.sleep(0.2)
-            for _ in range(_READY_AHEAD if steps > 1 else 0):
-                variants[name]()
-            begin = time.perf_counter()
-            for _ in range(steps):
-                variants[name]()
-            if done:
-                times[name].append((time.perf_counter() - begin) / steps)
-    return times
 
 
 def print_case(name: str, case: Case, times: Times) -> None:
