@@ -35,6 +35,7 @@ from losses import METHODS, PeerInfo
 from losses.capabilities import OuterProblem
 from losses.contrast import ContrastiveOptions
 from models.freezing import freeze
+from models.shapes_alone import shapes_alone
 from models.weightless import weightless
 
 
@@ -194,7 +195,7 @@ def _check_sizes(config: RunConfig) -> None:
     """A network that takes images of one size only would end a run at the epoch at which they get another."""
     sizes = sorted({size for _, size in config.data.image.training_sizes} - {config.data.side})
     for peer in config.peers if sizes else ():
-        with weightless(peer.network):
+        with weightless(peer.network), shapes_alone():
             network = models.create(peer.network, 2, config.data.channels, **peer.options)
             for size in sizes:
                 try:

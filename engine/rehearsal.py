@@ -33,9 +33,12 @@ from engine.training.step import blank, train_step
 from engine.training.timing import Clock
 from losses import Progress
 from losses.capabilities import Tables
+from models.shapes_alone import shapes_alone
+from models.told_again import ToldAgain, tensors
 
 META = torch.device("meta")
 _ROOT = str(Path(__file__).parents[1])
+_WATCHING = (__file__, f"{_ROOT}/models/shapes_alone.py", f"{_ROOT}/models/told_again.py")
 
 
 class RehearsalError(RuntimeError):
@@ -108,7 +111,7 @@ def rehearse(config: RunConfig, placement: Placement, images: Images, steps: Seq
     groups = placement.groups
     if len(groups) > 1 and len(kinds) > 1:
         told = [_told(config, placement.of(group.ranks[0]), images) for group in groups]
-    with _world(placement):
+    with shapes_alone(), _world(placement):
         cohort = _cohort(config, placement, images)
         answers = iter(zip(*told, strict=False))
         of_ranks = [placement.of(rank).group for rank in placement.exchange_ranks]
@@ -136,7 +139,7 @@ def _world(placement: Placement) -> Iterator[None]:
 @contextlib.contextmanager
 def open_rehearsed(config: RunConfig, placement: Placement, images: Images) -> Iterator[Cohort]:
     """The cohort of a rank, without numbers, in a world that is not there."""
-    with _world(placement):
+    with shapes_alone(), _world(placement):
         yield _cohort(config, placement, images)
 
 
@@ -170,7 +173,7 @@ def _told(config: RunConfig, placement: Placement, images: Images) -> list[Any]:
         told.append(mine)
         return [mine] * len(placement.exchange_ranks)
 
-    with _world(placement):
+    with shapes_alone(), _world(placement):
         cohort = _cohort(config, placement, images)
         cohort.exchange.gather_objects = heard
         # Peers that take the others to be like themselves may fail, once they have told all that there is to tell.
@@ -182,8 +185,9 @@ def _told(config: RunConfig, placement: Placement, images: Images) -> list[Any]:
 
 def _step(cohort: Cohort, config: RunConfig, placement: Placement, steps: Sequence[int]) -> Rehearsal:
     steps_per_epoch = max(1, *steps) + 1
+    call = ToldAgain()
     for step in steps:
-        watch = _Watch()
+        watch = _Watch(call)
         clock = _Phases(watch)
         parts = _batches(cohort)
         for optimizer in cohort.optimizers():
@@ -251,8 +255,9 @@ def _size(tensors: Any) -> int:
 class _Watch(TorchDispatchMode):
     """Sees every operation: what it allocates, and whether it brings two devices together."""
 
-    def __init__(self) -> None:
+    def __init__(self, call: ToldAgain) -> None:
         super().__init__()
+        self._call = call
         self.operations = 0
         self.waits: list[str] = []
         self.phase = "forward"
@@ -262,11 +267,15 @@ class _Watch(TorchDispatchMode):
         self._phases: list[str] = []
         self._events: list[tuple[int, int]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled, and torch need not import its compiler to hear so."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
-        result = function(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        result = self._call(function, args, kwargs or {})
+        made, given = tensors(result), tensors((args, kwargs))
         of_host = [x for x in given if not x.is_meta]
         if of_host and any(x.is_meta for x in (*made, *given)):
             if _copies(function):
@@ -356,7 +365,7 @@ def _named_lines() -> Iterator[None]:
 
 def _line(error: BaseException | None = None) -> str:
     frames = traceback.extract_tb(error.__traceback__) if error else traceback.extract_stack()
-    ours = [f for f in frames if f.filename.startswith(_ROOT) and f.filename != __file__]
+    ours = [f for f in frames if f.filename.startswith(_ROOT) and f.filename not in _WATCHING]
     ours = [f for f in ours if ".venv" not in f.filename] or list(frames)
     frame = ours[-1]
     return f"{Path(frame.filename).name}:{frame.lineno} ({frame.line})"

@@ -95,8 +95,9 @@ def register(
 
 @functools.cache
 def _discover() -> None:
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)], prefix="models."):
-        importlib.import_module(module.name)
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name != "__main__":
+            importlib.import_module(f"models.{module.name}")
 
 
 def families() -> list[Family]:

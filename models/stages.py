@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from models.shapes_alone import shapes_alone
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -67,7 +69,7 @@ def _dry_run(network: nn.Module, paths: Sequence[str], in_channels: int, image_s
 
     for path in paths:
         watch(path)
-    with torch.no_grad():
+    with shapes_alone(), torch.no_grad():
         outline(torch.empty(1, in_channels, image_size, image_size, device="meta"))
     return maps
 

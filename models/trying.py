@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from models.errors import first_line
 from models.registry import create
+from models.shapes_alone import shapes_alone
 from models.weightless import weightless
 
 _SIZE_OPTIONS = ("img_size", "image_size")
@@ -77,7 +79,8 @@ def _refusal(network: nn.Module, num_classes: int, in_channels: int, side: int, 
     device = next((x.device for x in network.parameters()), torch.device("meta"))
     count = min(count, _ENOUGH)
     images = torch.zeros(count, in_channels, side, side, device=device)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    passing = shapes_alone() if device.type == "meta" else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), passing, torch.no_grad():
         try:
             given = network(images)
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError) as error:

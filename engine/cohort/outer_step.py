@@ -14,6 +14,7 @@ from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
 from engine.cohort.precision import autocast, exact_products
 from engine.cohort.second_derivative import DifferentiatedTwice
+from engine.cohort.uncompiled import eagerly
 from engine.ranks.placement import Share
 from losses import Progress, Signals
 from losses.capabilities import OuterProblem, OuterStep
@@ -40,7 +41,7 @@ def outer_gradients(cohort: Cohort, batch: Batch, share: Share, progress: Progre
     mean = partial(_mean, cohort.replica_group, replicas)
     named = {k: dict(r.peer.named_parameters()) for k, r in cohort.residents.items()}
     # torch.compile has no second derivative.
-    with torch.compiler.set_stance("force_eager"), exact_products(cohort.device):
+    with eagerly(), exact_products(cohort.device):
         found = method.outer_step(
             OuterStep(
                 parameters=named,

@@ -1,4 +1,4 @@
-"""Optimisers without torch's compiler, which takes as long to import as torch itself.
+"""Optimisers and outer steps without torch's compiler, which takes as long to import as torch itself.
 
 torch imports it when an optimiser is first used, only to say that it is to be left out of compiled graphs. Where
 nothing is compiled there is nothing to say. What is done here changes no number, and where a version of torch is
@@ -7,8 +7,10 @@ written in another way, it does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -29,3 +31,8 @@ def step(optimizer: torch.optim.Optimizer) -> None:
         return
     with torch.no_grad():
         inspect.unwrap(type(optimizer).step)(optimizer)
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """Within this context networks that were compiled are computed as they are."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ COMMANDS = sorted(
 SLOW = (
     "torch",
     "torch._dynamo",
+    "torch._inductor",
+    "sympy",
+    "triton",
     "numpy",
     "pydantic",
     "timm",
@@ -63,4 +67,20 @@ def test_a_run_of_our_networks_waits_for_no_other_library(tmp_path: Path) -> Non
     _, imported = start("launch/train.py", config, *words)
     assert imported == {"torch", "numpy", "pydantic", "PIL", "matplotlib"}
     _, imported = start("launch/train.py", config, *words, "--check", "--fresh")
-    assert imported == {"torch", "numpy", "pydantic", "PIL", "torch._dynamo"}, "no numbers without the compiler"
+    assert imported == {"torch", "numpy", "pydantic", "PIL"}, "a rehearsal needs no compiler"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("method={name: lmcl, width: 8}", "optimizer.name=adamw", "train.clip_norm=1.0"),
+        ("placement.kind=auto", "peers=[{network: cifar_resnet8_b}, {network: cifar_resnet14_b}]", "--ranks", "4"),
+    ],
+)
+def test_what_a_run_will_do_is_told_without_the_compiler(words: Sequence[str], tmp_path: Path) -> None:
+    """Nor sympy, whatever the method looks at and however peers are placed."""
+    config = "configs/fashion_mnist/quickstart_dml.yaml"
+    said, imported = start("launch/train.py", config, *words, f"dir={tmp_path / 'run'}", "--check")
+    assert "at the peak of a step" in said
+    assert imported <= {"torch", "numpy", "pydantic", "PIL", "triton"}
+    assert ("triton" in imported) == ("placement.kind=auto" in words), "only whoever counts operations has need of it"

@@ -6,10 +6,10 @@ import functools
 import json
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from engine.config import ConfigError, RunConfig
+from models.shapes_alone import shapes_alone
 from models.weightless import weightless
 
 
@@ -39,9 +39,11 @@ def costs_of(config: RunConfig) -> list[float]:
 @functools.cache
 def _forward(network: str, options: str, channels: int, side: int) -> int:
     """Of one image."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton along, which most runs have no use for
+
     with weightless(network):
         module = models.create(network, 10, channels, **json.loads(options)).to("meta")
     rows = 2  # BatchNorm in training wants more than one
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with shapes_alone(), FlopCounterMode(display=False) as counter, torch.no_grad():
         module(torch.empty(rows, channels, side, side, device="meta"))
     return counter.get_total_flops() // rows

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 import models
 from engine.config import PeerConfig, RunConfig
 from engine.ranks.planning.hardware import COMPILED, COPIES, DISPATCH, KERNELS, PRODUCTS, Gpu
+from models.shapes_alone import shapes_alone
 from models.weightless import weightless
 
 _Table = NDArray[np.float64]
@@ -73,9 +73,10 @@ def _count(
     with weightless(network):
         module = models.create(network, classes, channels, **json.loads(options)).to("meta", dtype)
     module.train(learns).requires_grad_(learns)
-    two, four = (
-        _watched(module, torch.empty(rows, channels, side, side, device="meta", dtype=dtype)) for rows in (2, 4)
-    )
+    with shapes_alone():
+        two, four = (
+            _watched(module, torch.empty(rows, channels, side, side, device="meta", dtype=dtype)) for rows in (2, 4)
+        )
     flops, few, many, forward = two[0], two[1], four[1], two[2]
     moved = (many - few) / 2
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -98,18 +99,30 @@ def _watched(module: torch.nn.Module, images: Tensor) -> tuple[_Table, _Table, i
 class _Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
+        # Imported here as it brings triton along, which most runs have no use for.
+        from torch.utils.flop_counter import flop_registry
+
+        self._formulas = flop_registry
         self.flops: list[float] = []
         self.bytes: list[float] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled, and torch need not import its compiler to hear so."""
+        return False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if not _is_view(function):
-            packet = function._overloadpacket
-            count = flop_registry[packet](*args, **(kwargs or {}), out_val=result) if packet in flop_registry else 0
+            count = self._formulas.get(function._overloadpacket, _nothing)(*args, **(kwargs or {}), out_val=result)
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
             self.flops.append(float(count))
             self.bytes.append(float(sum(x.numel() * x.element_size() for x in tensors)))
         return result
+
+
+def _nothing(*_: object, **__: object) -> int:
+    return 0
 
 
 def _is_view(function: Any) -> bool:
