@@ -9,7 +9,7 @@ import models
 from data_pipelines import Sizes
 from data_pipelines.decoding.choice import choose
 from engine.config import ConfigError, RunConfig
-from engine.preflight import check_data
+from engine.preflight import Checked
 from engine.ranks.placement import Placement
 from engine.ranks.planning.choosing import automatic
 from engine.rehearsal import Images, RehearsalError, readable, rehearse
@@ -17,16 +17,17 @@ from engine.training.remarks import remarks
 from models.weightless import weightless
 
 
-def forecast(config: RunConfig, placement: Placement, *, cuda: bool = False) -> Iterator[str]:
+def forecast(config: RunConfig, checked: Checked, *, cuda: bool = False) -> Iterator[str]:
     """Data, steps, peers, and from a rehearsal of a step the memory of a rank and what the host waits for.
 
     Args:
+        checked: what has been found of it.
         cuda: whether ranks have GPUs, which decides what decodes.
 
     Raises:
         ConfigError: a step of these networks on these images cannot be made.
     """
-    sizes = check_data(config)
+    placement, sizes = checked
     trained_on = sizes.trained_on
     batch = config.data.global_batch
     steps, left = divmod(trained_on, batch)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,9 +39,21 @@ from models.shapes_alone import shapes_alone
 from models.weightless import weightless
 
 
-def check_run(
-    config: RunConfig, launch: Launch, *, fresh: bool = False, device: torch.device | None = None
-) -> Placement:
+class Checked(NamedTuple):
+    """A run that nothing speaks against."""
+
+    placement: Placement
+    """Of this rank."""
+    sizes: Sizes
+    """Of its data."""
+
+
+def check_run(config: RunConfig, launch: Launch, *, fresh: bool = False) -> Placement:
+    """The placement of a run that nothing speaks against, see `look_at`."""
+    return look_at(config, launch, fresh=fresh).placement
+
+
+def look_at(config: RunConfig, launch: Launch, *, fresh: bool = False, device: torch.device | None = None) -> Checked:
     """Everything that can be refused before a process group exists or a device is touched.
 
     Args:
@@ -83,7 +95,8 @@ def check_run(
     if config.precision.graphs == "on" and (reason := graphs.hindrance(config)) is not None:
         raise ConfigError(f"precision.graphs = on: {reason}; expected off")
     _check_reading(config, placement)
-    _check_schedule(config, check_data(config))
+    sizes = check_data(config)
+    _check_schedule(config, sizes)
     _check_stages(config)
     _check_networks(config, placement)
     _check_sizes(config)
@@ -96,7 +109,7 @@ def check_run(
         _check_same_run(config)
         rollback.read(config.folder)
         _check_same_meeting(config)
-    return placement
+    return Checked(placement, sizes)
 
 
 def _check_schedule(config: RunConfig, sizes: Sizes) -> None:

@@ -105,10 +105,9 @@ def train(
                 share_decoding(config, placement, pipeline)
                 if launch.rank == 0 and pipeline.remarks:
                     print(*pipeline.remarks, sep="\n", file=sys.stderr)
-                run = None
-                while run is None:
+                part = config, where, placement, device, pipeline, preemption, held
+                while (run := _train_until_rollback(*part)) is None:
                     gc.collect()  # The networks of before have cycles, and those that are built next need the memory.
-                    run = _train_until_rollback(config, where, placement, device, pipeline, preemption, held)
             stopped_by, saved, step = run.stopped_by, run.saved, run.step
         except StoppedEarly as stopped:
             if launch.rank == 0:

@@ -62,7 +62,8 @@ def main() -> None:
     if chosen is None and not options.keys:
         arguments.error("CONFIG is missing; expected a YAML file, such as configs/fashion_mnist/quickstart_dml.yaml")
     # Not before: torch takes seconds to import.
-    from launch.commands.train import print_keys, run
+    with at_start.importing():
+        from launch.commands.train import print_keys, run
 
     if chosen is None or options.keys:
         print_keys()

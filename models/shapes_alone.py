@@ -30,7 +30,7 @@ _EMPTY = CellType()
 @contextmanager
 def shapes_alone() -> Iterator[None]:
     """Make passes without numbers within this context."""
-    stand_ins = [_StandIn(name) for name in _HERE if name not in sys.modules]
+    stand_ins = [_StandIn(name) for name in _HERE if name not in sys.modules and _is_there(name)]
     if "torch._dynamo" not in sys.modules:
         _call_as_they_are()
     sys.modules.update({each.__name__: each for each in stand_ins})
@@ -65,6 +65,13 @@ class _StandIn(ModuleType):
             vars(self).pop(name, None)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _answer(module: _StandIn, name: str) -> Any:

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from engine.config import loading as configuration
 from engine.files import write_text
 from engine.forecast import forecast
-from engine.preflight import check_run
+from engine.preflight import look_at
 from engine.ranks.collectives import Launch, choose_device
 from engine.reporting.closing import closing
 from engine.reporting.console import print_soon
@@ -55,11 +55,11 @@ def run(options: argparse.Namespace, chosen: str, overrides: Sequence[str], note
             if options.ranks is not None:
                 launch = Launch(0, 0, options.ranks)
                 device = torch.device("cpu" if config.device == "cpu" else "cuda")
-            placement = check_run(config, launch, fresh=fresh, device=device)
+            checked = look_at(config, launch, fresh=fresh, device=device)
             if launch.rank == 0:
                 cuda = (device or choose_device(config.device, launch)).type == "cuda"
-                lines = forecast(config, placement, cuda=cuda)
-                print(f"{config.title}: {config.method.name}; {placement}", *lines, sep="\n  ")
+                lines = forecast(config, checked, cuda=cuda)
+                print(f"{config.title}: {config.method.name}; {checked.placement}", *lines, sep="\n  ")
             return
         require_torchrun("launch/train.py")
         if options.preempted and launch.rank == 0:

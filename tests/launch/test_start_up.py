@@ -54,6 +54,22 @@ def test_help_is_printed_without_torch(command: str) -> None:
     assert imported == set()
 
 
+def test_nothing_is_let_go_of_while_torch_is_imported() -> None:
+    code = """
+import gc, sys, launch.with_parent as at_start
+with at_start.importing():
+    print(gc.isenabled())
+kept = gc.get_freeze_count()
+print(gc.isenabled(), kept > 1000)
+sys.modules["torch"] = sys
+with at_start.importing():
+    print(gc.isenabled())
+print(gc.isenabled(), gc.get_freeze_count() == kept)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "True", "True", "True"]
+
+
 def test_help_mentions_all_options_and_exit_codes() -> None:
     said, _ = start("launch/train.py", "--help")
     for word in ("--print-config", "--check", "--keys", "--fresh", "CONFIG", "section.key=value", "Exit codes: 0"):
