@@ -21,7 +21,7 @@ AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def set_precision(config: RunConfig, device: torch.device) -> None:
     """For all networks of this process, before the first is built."""
     if config.precision.compile:
-        set_compiler(3 * len(config.cohort))
+        set_compiler(3 * len(config.cohort), device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = config.precision.tf32

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +32,7 @@ LEFT = "precision.compile = true: {} is not compiled, training goes on without: 
 def both_ways(config: RunConfig, backend: Any, method: type[Method] | None = None) -> Any:
     """The terms and norms of seven steps, over two epochs, eager and with a compiled objective; what was said; and the
     graphs that were made."""
-    set_compiler(2)
+    set_compiler(2, CPU)
     said: list[str] = []
     found = []
     for on in (False, True):
@@ -118,6 +120,24 @@ def without_cxx(config: RunConfig) -> Any:
     return both_ways(config, "inductor")
 
 
+def pages_taken(compiles: bool) -> int:
+    """By buffers of 64 MiB that are written to and freed ten times."""
+    if compiles:
+        set_compiler(1, CPU)
+    for _ in range(20):  # What Python keeps lies between them in the end.
+        torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+def test_what_a_compiled_network_frees_is_there_for_its_next_call() -> None:
+    assert run_world(1, pages_taken, False)[0] > 10_000  # Else there is nothing to be mended.
+    assert run_world(1, pages_taken, True)[0] < 1_000
+
+
 def test_a_machine_without_a_compiler_says_so_once() -> None:
     [(eager, compiled, said, _)] = run_world(1, without_cxx, config_of())
     assert compiled == eager
@@ -158,7 +178,7 @@ def one_after_another() -> Any:
     broken = compiled_network(break_here, "aot_eager", [2])
     with pytest.raises(RuntimeError, match=r"^shape '\[3, 5\]' is invalid"):
         compiled_network(lambda x: x.view(3, 5), "aot_eager", [2])
-    set_compiler(1)
+    set_compiler(1, CPU)
     torch._dynamo.config.recompile_limit = 1
     return refused, broken, compiled_network(torch.relu, "aot_eager", [2, 3, 3])
 
