@@ -17,6 +17,7 @@
     python launch/bench lmcl-step                a step of L-MCL against two networks alone, and its outer step
     python launch/bench methods                  a step of each method against independent peers, and its extra networks
     python launch/bench peers                    each method, data included, against a trainer as papers' code has it
+    python launch/bench start                    --help, --check and the way to the first step, against importing torch
     python launch/bench gpu --out DIR            all that a GPU has to show, in parts that fail alone; see docs/gpu.md
 
 Absolute times belong to the machine; the ratio is the result. Machines wander, so variants take turns, and the median
@@ -42,6 +43,7 @@ WHAT = (
     "together",
     "lmcl",
     "lmcl-step",
+    "start",
     "gpu",
 )
 WHOLE = ("methods", "peers")

@@ -29,6 +29,7 @@ from launch.bench.objective import objective
 from launch.bench.peers import Workload, bare_step, bench_cohort, engine_step
 from launch.bench.placing import placing
 from launch.bench.saving import saving
+from launch.bench.starting import starting
 from launch.bench.together import together
 from launch.bench.turns import headline, in_turn, print_comparison
 from launch.bench.whole import whole_steps
@@ -46,6 +47,9 @@ def run(options: argparse.Namespace) -> None:
             if options.out is None:
                 raise ConfigError("--out: missing; expected a folder for rows.jsonl and gpu.md")
             sys.exit(run_parts(options.out, options.only, quick=options.quick, seconds=60 * options.minutes))
+        if options.what == "start":
+            starting(options.rounds, options.threads or 1)
+            return
         if options.what in ("lmcl", "lmcl-step"):
             contrast.objective(options) if options.what == "lmcl" else contrast.training_step(options)
         else:

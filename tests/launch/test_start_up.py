@@ -47,6 +47,14 @@ def start(*words: str) -> tuple[str, set[str]]:
     return said, {*imported.split()}
 
 
+@pytest.mark.slow
+def test_starts_are_timed_against_importing_torch() -> None:
+    said, _ = start("launch/bench/__main__.py", "start", "--rounds", "2")
+    for what in ("--help", "--check", "the first step", "import torch"):
+        assert f"  {what:16} " in said
+    assert said.count("/ import torch: ") == 4
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_printed_without_torch(command: str) -> None:
     said, imported = start(command, "--help")
