@@ -75,6 +75,7 @@ def main() -> None:
         "--classes", type=int, default=100, help="methods, trainer: of images (default: %(default)s)"
     )
     arguments.add_argument("--workers", type=int, default=2, help="peers: of the other's loader (default: %(default)s)")
+    arguments.add_argument("--compile", action="store_true", help="peers: time ours with precision.compile too")
     arguments.add_argument("--minutes", type=float, default=8.0, help="gpu: limit of all parts (default: 8)")
     arguments.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"gpu: of {', '.join(PARTS)}")
     options = arguments.parse_args()

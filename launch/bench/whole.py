@@ -35,7 +35,8 @@ def whole_steps(options: argparse.Namespace, device: torch.device, launch: Launc
     rounds = 2 if options.quick else options.rounds
     if options.what == "peers":
         batch = 8 if options.quick else options.batch
-        peers(names, batch, rounds, options.steps, options.workers, device, quick=options.quick)
+        compiled = options.compile
+        peers(names, batch, rounds, options.steps, options.workers, device, compiled=compiled, quick=options.quick)
         return
     work = Workload(
         options.network, options.size or 32, options.batch, options.amp, peers=options.peers, classes=options.classes

@@ -24,6 +24,7 @@ from launch.bench.turns import Times, loading_in_turn, quartiles
 
 CLASSES, SIDE = 10, 32
 _THREADS = "ours, a thread a peer"
+_COMPILED = "ours, compiled"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,15 @@ CASES = {
 
 
 def peers(
-    names: Sequence[str], batch: int, rounds: int, steps: int, workers: int, device: torch.device, *, quick: bool
+    names: Sequence[str],
+    batch: int,
+    rounds: int,
+    steps: int,
+    workers: int,
+    device: torch.device,
+    *,
+    compiled: bool,
+    quick: bool,
 ) -> None:
     """Times each case in turn with its plain trainer, and prints both and the ratio.
 
@@ -75,6 +84,7 @@ def peers(
         steps: in one timing.
         workers: processes of the plain trainer's DataLoader.
         device: where ours trains; the plain trainer is on the CPU.
+        compiled: time ours with `precision.compile` too.
         quick: tiny networks, a step at a time.
     """
     rng = np.random.default_rng(0)
@@ -93,10 +103,12 @@ def peers(
             case = replace(CASES[name], network=_SMALL) if quick else CASES[name]
             data = batches(images, labels, case.peers if case.views == "per_peer" else 1, batch, workers)
             plain = Trainer(case.plain(Shape(case.network, CLASSES, SIDE), case.peers), data)
-            variants = {"ours": _ours(case, batch, Path(folder), device, 1), "plain": plain.step}
+            variants = {"ours": _ours(case, batch, Path(folder), device), "plain": plain.step}
             threads = torch.get_num_threads()
             if threads > 1 and not isinstance(plain.objective, objectives.Branched):
-                variants[_THREADS] = _ours(case, batch, Path(folder), device, threads)
+                variants[_THREADS] = _ours(case, batch, Path(folder), device, peer_threads=threads)
+            if compiled:
+                variants[_COMPILED] = _ours(case, batch, Path(folder), device, compile=True)
             once = 1 if quick or name == "lmcl-outer" else steps
             found[name] = loading_in_turn(variants, rounds, once)
             print_case(name, case, found[name])
@@ -105,9 +117,10 @@ def peers(
             print_outer(found["lmcl"], found["lmcl-outer"])
 
 
-def _ours(case: Case, batch: int, folder: Path, device: torch.device, threads: int) -> Callable[[], object]:
+def _ours(case: Case, batch: int, folder: Path, device: torch.device, **how: Any) -> Callable[[], object]:
+    """A step, with fields of `Workload` for how it is computed."""
     work = Workload(case.network, SIDE, batch, peers=case.peers, method=case.method, classes=CLASSES, views=case.views)
-    work = replace(work, peer_threads=threads)
+    work = replace(work, **how)
     cohort = bench_cohort(work, device, Launch(0, 0, 1))
     config = validate(
         {
