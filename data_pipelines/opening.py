@@ -1,6 +1,7 @@
 """From a config to a pipeline."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from data_pipelines.resident import ResidentSet
 from data_pipelines.sampling import left_by
 from data_pipelines.sources import npz
 from data_pipelines.sources.opening import open_photos
-from data_pipelines.sources.standard_sets import STANDARD
+from data_pipelines.sources.standard_sets import STANDARD, Split
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class Sizes:
         return self.train - self.held_out - self.left_out
 
 
+class _Found(NamedTuple):
+    """What was seen of a data set, and what had to be read for that."""
+
+    sizes: Sizes
+    arrays: tuple[Split, Split, tuple[str, ...]] | None
+
+
 def check_files(config: DataConfig) -> Sizes:
     """Looks at what is on disk, without touching any device.
 
@@ -45,6 +53,11 @@ def check_files(config: DataConfig) -> Sizes:
         DataError: files are missing or of the wrong size, classes do not match, or there are fewer training samples
             or classes than a global batch has; or DALI is asked for and not installed.
     """
+    return _look(config).sizes
+
+
+def _look(config: DataConfig) -> _Found:
+    arrays = None
     remarks: tuple[str, ...] = ()
     labels: NDArray[np.int64] | None = None
     if config.photos:
@@ -60,7 +73,8 @@ def check_files(config: DataConfig) -> Sizes:
         size, validation = standard.sizes(config.folder)
         names = standard.class_names
         if config.fraction < 1:
-            labels = standard.read(config.folder)[0].labels
+            arrays = *standard.read(config.folder), names
+            labels = arrays[0].labels
     size = used = size if labels is None else len(labels)
     if labels is not None and config.fraction < 1:
         used = int(order.fraction_sizes(np.bincount(labels), config.fraction).sum())
@@ -79,7 +93,7 @@ def check_files(config: DataConfig) -> Sizes:
             f"global_batch: expected at most {classes * config.images_per_class} for sampler {config.sampler}, "
             f"images_per_class = {config.images_per_class} for each of {classes} classes, found {config.global_batch}"
         )
-    return Sizes(size, used - left, validation, classes, size - used, remarks)
+    return _Found(Sizes(size, used - left, validation, classes, size - used, remarks), arrays)
 
 
 def open_pipeline(config: DataConfig, seed: int, device: torch.device) -> Pipeline:
@@ -95,7 +109,7 @@ def open_pipeline(config: DataConfig, seed: int, device: torch.device) -> Pipeli
             `config.sampler`.
         ValueError: a mixed decoder is asked for on a device that is not CUDA.
     """
-    check_files(config)
+    found = _look(config)
     if config.photos:
         return ImageFolder(config, seed, device)
-    return ResidentSet(config, seed, device)
+    return ResidentSet(config, seed, device, found.arrays)
