@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from launch.parsing import parser, positive
+from launch.with_parent import importing
 
 EPILOG = "Exit codes: 0 all is well, 1 verify has found damage, 2 a mistake in the command line, or show cannot read."
 
@@ -43,7 +44,8 @@ def main() -> None:
             command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = arguments.parse_args()
     # Not before: torch takes seconds to import.
-    from launch.commands.checkpoint import run
+    with importing():
+        from launch.commands.checkpoint import run
 
     sys.exit(run(options))
 

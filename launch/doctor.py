@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 
 from launch.parsing import parser
+from launch.with_parent import importing
 
 EPILOG = "Exit codes: 0; 1 some files cannot be read, or it failed; 2 a mistake in the config or the data."
 
@@ -35,7 +36,8 @@ def main() -> None:
     if options.threads < 1:
         arguments.error(f"--threads {options.threads}: expected a number of threads, 1 or more")
     # Not before: torch takes seconds to import.
-    from launch.commands.doctor import run
+    with importing():
+        from launch.commands.doctor import run
 
     run(options, chosen, overrides)
 

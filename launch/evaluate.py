@@ -18,6 +18,7 @@ import launch.with_parent  # noqa: F401  # isort: skip
 from pathlib import Path
 
 from launch.parsing import parser
+from launch.with_parent import importing
 
 _FILES = {
     "predictions": "what each network names for each image, and with which probability",
@@ -38,7 +39,8 @@ def main() -> None:
     if chosen is None:
         arguments.error("RUN is missing; expected the folder of a run")
     # Not before: torch takes seconds to import.
-    from launch.commands.evaluate import run
+    with importing():
+        from launch.commands.evaluate import run
 
     files = {name: path for name in _FILES if (path := getattr(options, name.replace("-", "_"))) is not None}
     run(options, Path(chosen), overrides, files)

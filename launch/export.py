@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.parsing import parser
+from launch.with_parent import importing
 
 
 def main() -> None:
@@ -25,7 +26,8 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, metavar="DIR", help="where to write; RUN/export if absent")
     options = arguments.parse_args()
     # Not before: torch takes seconds to import.
-    from launch.commands.export import run
+    with importing():
+        from launch.commands.export import run
 
     run(options)
 

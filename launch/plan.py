@@ -16,6 +16,7 @@ import launch.with_parent  # noqa: F401  # isort: skip
 
 from engine.ranks.planning.hardware import GPUS
 from launch.parsing import parser
+from launch.with_parent import importing
 
 
 def main() -> None:
@@ -31,7 +32,8 @@ def main() -> None:
     if chosen is None:
         arguments.error("CONFIG is missing; expected a YAML file, such as configs/imagenet/dml_resnet50.yaml")
     # Not before: torch takes seconds to import.
-    from launch.commands.plan import run
+    with importing():
+        from launch.commands.plan import run
 
     run(options, chosen, overrides)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.parsing import parser
+from launch.with_parent import importing
 
 
 def main() -> None:
@@ -30,7 +31,8 @@ def main() -> None:
     )
     options = arguments.parse_args()
     # Not before: torch takes seconds to import.
-    from launch.commands.report import run
+    with importing():
+        from launch.commands.report import run
 
     run(options)
 

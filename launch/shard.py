@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 from launch.parsing import parser
+from launch.with_parent import importing
 
 EPILOG = (
     "Exit codes: 0 all photos are packed; 1 some cannot be read, or it failed; 2 a mistake in the folders or options."
@@ -42,7 +43,8 @@ def main() -> None:
             bound = f"1 to {most}" if most else "1 or more"
             arguments.error(f"--{name.replace('_', '-')} {value}: expected {bound}")
     # Not before: torch takes seconds to import.
-    from launch.commands.shard import run
+    with importing():
+        from launch.commands.shard import run
 
     run(options)
 

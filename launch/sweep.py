@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 
 from launch.parsing import parser
+from launch.with_parent import importing
 
 EPILOG = """\
 Exit codes: 0 all runs are complete (or submitted, checked, shown); 1 some are not: failed, or in use elsewhere; 2 a
@@ -44,7 +45,8 @@ def main() -> None:
     if options.jobs < 1:
         arguments.error(f"--jobs {options.jobs}: expected a number of runs at a time, 1 or more")
     # Not before: torch takes seconds to import.
-    from launch.commands.sweep import run
+    with importing():
+        from launch.commands.sweep import run
 
     run(options, chosen, overrides, slurm)
 
