@@ -49,7 +49,9 @@ def explain(error: ErrorDetails, raw: Mapping[str, Any], whole: type[BaseModel] 
         near = _nearest_key(word, model) if whole is RunConfig else nearest(word, model.model_fields)
         return f"{key} = {shown}: unknown key{near}; {section} has: {', '.join(sorted(model.model_fields))}"
     if kind == "missing":
-        return f"{key}: missing; expected a value"
+        field = _section_at(loc[:-1], raw, whole).model_fields.get(str(loc[-1]))
+        told = (field and field.description) or "a value"
+        return f"{key}: missing; expected {told[0].lower()}{told[1:].removesuffix('.')}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         name = value.get("name") if isinstance(value, dict) else value
         return f"{key}.name = {name!r}: expected one of {', '.join(METHODS)}{nearest(str(name), list(METHODS))}"

@@ -57,10 +57,12 @@ class RunConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, data order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    method: AnyMethod
-    peers: list[PeerConfig] = Field(min_length=1)
-    data: DataConfig
-    train: TrainConfig
+    method: AnyMethod = Field(description="a section with a name, that of the method")
+    peers: list[PeerConfig] = Field(
+        min_length=1, description="a list of networks, such as [{network: timm/resnet18, copies: 2}]"
+    )
+    data: DataConfig = Field(description="a section with at least dataset and global_batch")
+    train: TrainConfig = Field(description="a section with epochs, or max_steps")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()

@@ -126,7 +126,9 @@ def test_every_mistake_has_its_line() -> None:
 def test_a_missing_key_is_named() -> None:
     config = raw()
     del config["data"]["global_batch"]
-    with pytest.raises(ConfigError, match=r"^data\.global_batch: missing; expected a value$"):
+    with pytest.raises(
+        ConfigError, match=r"^data\.global_batch: missing; expected samples of one optimiser step, over all ranks$"
+    ):
         validate(config)
 
 
