@@ -393,7 +393,7 @@ FILES: dict[str, tuple[str, str]] = {
     ),
     "base_is_a_number": ("base: 3\n", "{file}: base = 3: expected the path of another config, relative to this one"),
     "required_sections_missing": (
-        "name: x\npeers: [{network: cifar_resnet8_b}]\ndata: {dataset: cifar10, global_batch: 8}\n",
+        "name: x\npeers: [{network: cifar_resnet8_b}]\ndata: {dataset: fashion_mnist_subset, global_batch: 8}\n",
         "method: missing; expected a section with a name, that of the method\n"
         "train: missing; expected a section with epochs, or max_steps",
     ),
