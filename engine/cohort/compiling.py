@@ -123,6 +123,8 @@ class _Compiled:
 
 def _missing(device: torch.device) -> str | None:
     """What of a compiler for a device this machine lacks; None where it is there."""
+    if torch._dynamo.config.disable:
+        return "TORCHDYNAMO_DISABLE is set"
     if device.type == "cpu":
         from torch._inductor import config, cpp_builder
         from torch._inductor.exc import InvalidCxxCompiler

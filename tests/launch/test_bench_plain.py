@@ -145,7 +145,7 @@ def printed(what: str, cases: Sequence[str]) -> str:
     options = Namespace(
         what=what, cases=cases, quick=True, rounds=2, steps=1, batch=8, workers=0, peers=2, classes=4, size=None
     )
-    options.network, options.amp = "cifar_resnet8_b", "float32"
+    options.network, options.amp, options.compile = "cifar_resnet8_b", "float32", False
     with redirect_stdout(StringIO()) as out:
         whole_steps(options, CPU, Launch(0, 0, 1))
     return out.getvalue()

@@ -138,6 +138,20 @@ def test_what_a_compiled_network_frees_is_there_for_its_next_call() -> None:
     assert run_world(1, pages_taken, True)[0] < 1_000
 
 
+def said_while_it_is_off() -> tuple[list[str], bool]:
+    said: list[str] = []
+    cohort = cohort_of(config_with("dml"))
+    compiler = Compiler(CPU, True, said.append)
+    with torch._dynamo.config.patch(disable=True):
+        compiler.objective(cohort.method)
+        return said, bool(do_steps(cohort, range(2)))
+
+
+def test_a_compiler_that_is_switched_off_says_so_and_leaves_the_objective_alone() -> None:
+    told = "precision.compile = true: nothing is compiled, training goes on without: TORCHDYNAMO_DISABLE is set"
+    assert run_world(1, said_while_it_is_off)[0] == ([told], True)
+
+
 def test_a_machine_without_a_compiler_says_so_once() -> None:
     [(eager, compiled, said, _)] = run_world(1, without_cxx, config_of())
     assert compiled == eager
