@@ -13,35 +13,25 @@ from torch.utils._pytree import tree_leaves
 
 
 class _Count(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, counts: Callable[[Any], bool]) -> None:
         super().__init__()
-        self.operations = 0
+        self._counts, self.operations = counts, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
+        self.operations += self._counts(func)
         return func(*args, **(kwargs or {}))
 
 
 def operations(step: Callable[[], object]) -> int:
     """Operations that one step dispatches, forward, backward and update: a count, the same each time."""
-    with _Count() as count:
+    with _Count(lambda func: True) as count:
         step()
     return count.operations
 
 
-class _Computing(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += not (func.is_view or "empty" in str(func) or "profiler" in str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def computing_operations(step: Callable[[], object]) -> int:
     """Those without views and without room that is made: on a GPU, kernels."""
-    with _Computing() as count:
+    with _Count(lambda func: not (func.is_view or "empty" in str(func) or "profiler" in str(func))) as count:
         step()
     return count.operations
 
