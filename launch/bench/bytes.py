@@ -14,9 +14,12 @@ from engine.ranks.planning.choosing import plan
 from losses import Progress
 from losses.capabilities import AllRows
 
+META = torch.device("meta")
+"""Of tensors that have shapes and no numbers."""
+
 
 def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int = 128, **options: Any) -> int:
-    """What one peer sends in one step at ImageNet's shapes, in float32, taken from the signals of a real forward pass.
+    """What one peer sends in one step at ImageNet's shapes, in float32, taken from the signals of a forward pass.
 
     To be called in a world of one rank.
     """
@@ -34,7 +37,7 @@ def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int =
     cohort = Cohort(
         config,
         plan(config, 1, 0),
-        torch.device("cpu"),
+        META,
         num_classes=1000,
         channels=3,
         image_size=224,
@@ -42,7 +45,8 @@ def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int =
     )
     if cohort.method.exchange == "none":
         return 0
-    batch = Batch((torch.zeros(2, 3, 224, 224),), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    images, targets = torch.zeros(2, 3, 224, 224, device=META), torch.zeros(2, dtype=torch.int64, device=META)
+    batch = Batch((images,), targets, torch.arange(2, device=META))
     with torch.no_grad():
         signals = cohort.forward(batch, Progress(0, 1000, 1), 0, [0])[0]
     assert all(len(x) == 2 for x in signals.values())

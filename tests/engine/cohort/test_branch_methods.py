@@ -22,6 +22,8 @@ from tests.engine.stepping import CLASSES, CPU, cohort_in_double, cohort_of, con
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
 
+META = torch.device("meta")
+
 FORMS: dict[str, dict[str, Any]] = {
     "cl_ilr": {"name": "cl_ilr"},
     "cl_ilr_okddip": {
@@ -187,10 +189,11 @@ def resnet50() -> list[tuple[int, int]]:
             }
         )
         cohort = Cohort(
-            config, plan(config, 1, 0), CPU, num_classes=1000, channels=3, image_size=224, steps_per_epoch=1
+            config, plan(config, 1, 0), META, num_classes=1000, channels=3, image_size=224, steps_per_epoch=1
         )
         with torch.no_grad():
-            batch = Batch((torch.zeros(1, 3, 224, 224),), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+            images, targets = torch.zeros(1, 3, 224, 224, device=META), torch.zeros(1, dtype=torch.int64, device=META)
+            batch = Batch((images,), targets, torch.zeros(1, device=META))
             shown = cohort.forward(batch, Progress(0, 1, 1), 0, range(1))[0]
         shared = sum(p.numel() for p in cohort.shared.parameters())
         found.append((128 * FLOAT * sum(x.numel() for name, x in shown.items() if name not in cohort.private), shared))
