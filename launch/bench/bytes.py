@@ -11,11 +11,9 @@ from engine.cohort.cohort import Cohort
 from engine.config.loading import validate
 from engine.ranks.exchanging.routes import NUMBERS_OF_A_ROW
 from engine.ranks.planning.choosing import plan
+from engine.rehearsal import META
 from losses import Progress
 from losses.capabilities import AllRows
-
-META = torch.device("meta")
-"""Of tensors that have shapes and no numbers."""
 
 
 def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int = 128, **options: Any) -> int:

@@ -1,4 +1,4 @@
-"""What each method sends at ImageNet's shapes, from the signals of real forward passes."""
+"""What each method sends at ImageNet's shapes, from the signals of forward passes without numbers."""
 
 from __future__ import annotations
 

@@ -15,14 +15,13 @@ from engine.cohort.cohort import Cohort
 from engine.config import ConfigError, RunConfig
 from engine.config.loading import validate
 from engine.ranks.planning.choosing import plan
+from engine.rehearsal import META
 from losses import Progress
 from models.stages import plain_state
 from tests.engine.ranks.exchanging.test_exchange import FLOAT, ROWS, Call, agreement, calls_of_a_step
 from tests.engine.stepping import CLASSES, CPU, cohort_in_double, cohort_of, config_of, do_steps
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
-
-META = torch.device("meta")
 
 FORMS: dict[str, dict[str, Any]] = {
     "cl_ilr": {"name": "cl_ilr"},
