@@ -49,6 +49,7 @@ class Builder:
         placement: of this rank.
         streams: of random numbers.
         replica_group: the ranks that hold the same peers.
+        layout: of weights, see `engine.cohort.layout`.
         num_classes: of the data, whose images have `channels` and are `image_size` pixels wide.
         steps_per_epoch: which schedules are counted in.
         initial: whether the weights are read that peers start from; not where those of a checkpoint follow.
@@ -60,6 +61,7 @@ class Builder:
         placement: Placement,
         streams: Streams,
         replica_group: dist.ProcessGroup,
+        layout: torch.memory_format,
         *,
         num_classes: int,
         channels: int,
@@ -71,7 +73,7 @@ class Builder:
         self._config, self._placement, self._streams, self._replica_group = config, placement, streams, replica_group
         self._num_classes, self._channels, self._image_size = num_classes, channels, image_size
         self._steps_per_epoch = steps_per_epoch
-        self._memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        self._layout = layout
         self._of_trunk: Said = {}
         on = config.precision.compile and streams.device.type != "meta"
         self.compiler = Compiler(streams.device, on, partial(print, file=sys.stderr, flush=True))
@@ -221,7 +223,7 @@ class Builder:
         return self._placed(head)
 
     def _placed(self, module: _M) -> _M:
-        module = module.to(self._streams.device, memory_format=self._memory_format)  # type: ignore[call-overload]
+        module = module.to(self._streams.device, memory_format=self._layout)  # type: ignore[call-overload]
         if self._config.train.sync_bn and self._streams.device.type == "cuda":
             return _synchronised(module, self._replica_group)
         return module

@@ -17,7 +17,11 @@ class PrecisionConfig(Section):
         "float32", description="autocast of the networks; losses stay float32"
     )
     tf32: bool = Field(True, description="TF32 in float32 matrix products and convolutions on GPUs that have it")
-    channels_last: bool = Field(True, description="channels-last memory for images and networks")
+    channels_last: Literal["auto"] | bool = Field(
+        "auto",
+        description="channels-last memory for images and networks; auto: on GPUs, and on a CPU where convolutions have "
+        "more numbers of maps to go through than of weights, as with small networks or large images",
+    )
     compile: bool = Field(
         False,
         description="torch.compile the networks, and the method's objective where that is one graph; what cannot be "

@@ -267,3 +267,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
                 # torch would only notice in the middle of a step.
                 shapes = f"{list(kept[name].shape)} for a weight {list(parameter.shape)}"
                 raise ValueError(f"optimizer: {name} {shapes}")
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # A fused kernel goes through memory, and `precision.channels_last` may have been another.
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

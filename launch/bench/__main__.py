@@ -11,6 +11,7 @@
     python launch/bench listing --images 1281167    the first look at class folders, each one after, and ImageFolder's
     python launch/bench resident                 small images with AutoAugment and Cutout, against other loaders
     python launch/bench trainer --folder DIR     training on photographs, against a loop of timm's parts
+    python launch/bench layout                   channels-last memory against channels first, network by network
     python launch/bench together                 peers of one network computed as one, against each by itself
     python launch/bench objective                the objective alone at ImageNet's shapes, against KL on every pair
     python launch/bench lmcl                     L-MCL's objective with memory banks against one pair after another
@@ -40,6 +41,7 @@ WHAT = (
     "bytes",
     "operations",
     "objective",
+    "layout",
     "together",
     "lmcl",
     "lmcl-step",

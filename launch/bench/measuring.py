@@ -20,6 +20,7 @@ from launch.bench.bytes import bytes_a_step
 from launch.bench.gpu.methods import operations_of_methods
 from launch.bench.gpu.running import run_parts
 from launch.bench.host import host_seconds, operations
+from launch.bench.layout import layout
 from launch.bench.loading.listing import listing
 from launch.bench.loading.photos import photos
 from launch.bench.loading.shared import decode
@@ -75,6 +76,8 @@ def _measure(options: argparse.Namespace, device: torch.device, launch: Launch) 
         whole_steps(options, device, launch)
     elif options.what == "objective":
         objective(options.rounds, options.steps, device)
+    elif options.what == "layout":
+        layout(options.rounds, options.steps, device, launch, quick=options.quick)
     elif options.what == "together":
         together(work, options.rounds, options.steps, device, launch)
     elif options.what == "placement":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ from torch import Tensor
 import models
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
+from engine.cohort.layout import layout_of
 from engine.cohort.precision import set_precision
+from engine.config import RunConfig
 from engine.config.loading import validate
 from engine.ranks.collectives import Launch
 from engine.ranks.planning.choosing import plan
@@ -46,6 +48,8 @@ class Workload:
     """`train.peer_threads` of a config."""
     views: str = "shared"
     """Whether peers see one augmentation of an image, or one each: `data.views` of a config."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """`precision.channels_last` of a config."""
 
 
 def rows_of(work: Workload, device: torch.device) -> Batch:
@@ -58,9 +62,9 @@ def rows_of(work: Workload, device: torch.device) -> Batch:
     return Batch(views, targets.to(device), torch.arange(work.batch, device=device))
 
 
-def bench_cohort(work: Workload, device: torch.device, launch: Launch) -> Cohort:
-    """This rank's part of the cohort, with the precision that training sets."""
-    config = validate(
+def config_of(work: Workload) -> RunConfig:
+    """That of training."""
+    return validate(
         {
             "name": "bench",
             "method": dict(work.method),
@@ -68,9 +72,14 @@ def bench_cohort(work: Workload, device: torch.device, launch: Launch) -> Cohort
             "data": {"dataset": "fashion_mnist_subset", "global_batch": work.batch, "views": work.views},
             "train": {"epochs": 1, "peer_threads": work.peer_threads},
             "schedule": {"name": "constant"},
-            "precision": {"amp": work.amp, "compile": work.compile},
+            "precision": {"amp": work.amp, "compile": work.compile, "channels_last": work.channels_last},
         }
     )
+
+
+def bench_cohort(work: Workload, device: torch.device, launch: Launch) -> Cohort:
+    """This rank's part of the cohort, with the precision that training sets."""
+    config = config_of(work)
     set_precision(config, device)
     cohort = Cohort(
         config,
@@ -119,11 +128,13 @@ def engine_step(
 
 
 def bare_step(work: Workload, device: torch.device) -> Callable[[], object]:
-    """`dml` or `independent` as one would write it in plain PyTorch, with the same kernels at hand: channels-last,
-    autocast and the fused optimiser."""
-    batch = rows_of(work, device)
+    """`dml` or `independent` as one would write it in plain PyTorch, with the same kernels at hand: the same layout of
+    memory, autocast and the fused optimiser."""
+    config, batch = config_of(work), rows_of(work, device)
+    layout = layout_of(config, plan(config, 1, 0), device, 3, work.size)
+    images = batch.images.contiguous(memory_format=layout)
     peers = [models.create(work.network, work.classes) for _ in range(work.peers)]
-    peers = [peer.to(device, memory_format=torch.channels_last) for peer in peers]  # type: ignore[call-overload]
+    peers = [peer.to(device, memory_format=layout) for peer in peers]  # type: ignore[call-overload]
     optimizers = [
         torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
         for p in peers
@@ -137,7 +148,7 @@ def bare_step(work: Workload, device: torch.device) -> Callable[[], object]:
 
     def step() -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits = [peer(batch.images) for peer in peers]
+            logits = [peer(images) for peer in peers]
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         scaler.scale(couple([z.float() for z in logits], batch.targets)).backward()
