@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +18,7 @@ from engine.cohort.averaging import averaged
 from engine.cohort.compiling import Compiler
 from engine.cohort.drop_path import DropPathSchedule
 from engine.cohort.frozen import Frozen, reference
+from engine.cohort.layout import channels_first, placed
 from engine.cohort.optim import make_optimizer, set_weight_decay
 from engine.cohort.outline import Outline, outline
 from engine.cohort.parameter_groups import Said, said_by
@@ -49,7 +50,6 @@ class Builder:
         placement: of this rank.
         streams: of random numbers.
         replica_group: the ranks that hold the same peers.
-        layout: of weights, see `engine.cohort.layout`.
         num_classes: of the data, whose images have `channels` and are `image_size` pixels wide.
         steps_per_epoch: which schedules are counted in.
         initial: whether the weights are read that peers start from; not where those of a checkpoint follow.
@@ -61,7 +61,6 @@ class Builder:
         placement: Placement,
         streams: Streams,
         replica_group: dist.ProcessGroup,
-        layout: torch.memory_format,
         *,
         num_classes: int,
         channels: int,
@@ -73,7 +72,6 @@ class Builder:
         self._config, self._placement, self._streams, self._replica_group = config, placement, streams, replica_group
         self._num_classes, self._channels, self._image_size = num_classes, channels, image_size
         self._steps_per_epoch = steps_per_epoch
-        self._layout = layout
         self._of_trunk: Said = {}
         on = config.precision.compile and streams.device.type != "meta"
         self.compiler = Compiler(streams.device, on, partial(print, file=sys.stderr, flush=True))
@@ -202,7 +200,9 @@ class Builder:
             )
         if initial:
             freeze(network, peer.frozen_parts)
-        network = self._placed(network)
+        sizes = self._channels, self._image_size
+        first = channels_first(self._config, self._placement, self._streams.device, peer, *sizes)
+        network = self._placed(network, first)
         return network if peer.learns else network.requires_grad_(False).eval()
 
     def _copy(self, index: int) -> nn.Module:
@@ -222,8 +222,8 @@ class Builder:
                 p.data.copy_(own)
         return self._placed(head)
 
-    def _placed(self, module: _M) -> _M:
-        module = module.to(self._streams.device, memory_format=self._layout)  # type: ignore[call-overload]
+    def _placed(self, module: _M, first: Collection[str] = ()) -> _M:
+        module = placed(module, self._streams.device, self._config.precision.channels_last, first)
         if self._config.train.sync_bn and self._streams.device.type == "cuda":
             return _synchronised(module, self._replica_group)
         return module

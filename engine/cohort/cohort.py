@@ -18,7 +18,6 @@ from engine.cohort.buffers import Remembered, average_statistics, statistics_sta
 from engine.cohort.building import Builder, turns
 from engine.cohort.drop_path import DropPathSchedule
 from engine.cohort.gradients import scale_gradient
-from engine.cohort.layout import layout_of
 from engine.cohort.precision import AUTOCAST, autocast, capturable, exact_products
 from engine.cohort.randomness import Streams
 from engine.cohort.side_by_side import SideBySide
@@ -65,8 +64,7 @@ class Cohort:
         self.streams = Streams(config.seed, placement.num_peers, placement.replica, device)
         sizes = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
         sizes |= {"steps_per_epoch": steps_per_epoch}
-        self.layout = layout_of(config, placement, device, channels, image_size)
-        builder = Builder(config, placement, self.streams, self.replica_group, self.layout, initial=initial, **sizes)
+        builder = Builder(config, placement, self.streams, self.replica_group, initial=initial, **sizes)
         self.compiler = builder.compiler
         outlines = [builder.outline(index) for index in range(placement.num_peers)]
         self.method = builder.method(outlines)
@@ -109,8 +107,7 @@ class Cohort:
 
     def views_of(self, batch: Batch) -> dict[int, Tensor]:
         """The images [N, channels, H, W] that each resident sees; the same tensor where they see the same."""
-        views = [view.contiguous(memory_format=self.layout) for view in batch.views]
-        return dict(zip(self.placement.residents, itertools.cycle(views), strict=False))
+        return dict(zip(self.placement.residents, itertools.cycle(batch.views), strict=False))
 
     def close(self) -> None:
         """Leaves the groups of ranks that were made for this cohort, which is not used afterwards."""

@@ -4,86 +4,94 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import models
-from engine.config import RunConfig
+from engine.config import PeerConfig, RunConfig
 from engine.ranks.placement import Placement
 from models.shapes_alone import shapes_alone
 from models.weightless import weightless
 
-MAPS_A_WEIGHT = 1.5
-"""Between networks that `launch/bench layout` shows to be faster either way."""
+MAPS_A_WEIGHT = 0.5
+"""From there on a convolution is faster channels last; `launch/bench layout` shows what comes of it."""
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
-def layout_of(
-    config: RunConfig, placement: Placement, device: torch.device, channels: int, image_size: int
-) -> torch.memory_format:
-    """What `precision.channels_last` says, the same on all ranks.
+def channels_first(
+    config: RunConfig, placement: Placement, device: torch.device, peer: PeerConfig, channels: int, image_size: int
+) -> Collection[str]:
+    """The convolutions of a peer's network that `precision.channels_last: auto` has lie channels first; the same on all
+    ranks.
 
-    `auto`: channels last on GPUs. On a CPU that saves what kernels would otherwise do to reorder maps, and costs what
-    they do to reorder weights and their gradients: it is taken where convolutions go through `MAPS_A_WEIGHT` numbers of
-    maps in a pass for each of their weights, or more.
+    On a CPU channels-last memory saves what kernels would otherwise do to reorder maps, and costs what they and a fused
+    optimiser do to reorder weights and their gradients. So those lie first that in a pass go through less than
+    `MAPS_A_WEIGHT` numbers of maps for each of their weights: the wide ones at the end, on small maps of few rows.
 
     Args:
         config: of the run.
         placement: of any rank.
         device: of the networks.
+        peer: whose network it is.
         channels: of the images, which are `image_size` pixels wide.
     """
-    wanted = config.precision.channels_last
-    if wanted == "auto":
-        wanted = device.type != "cpu" or _maps_outweigh(config, placement, channels, image_size)
-    return torch.channels_last if wanted else torch.contiguous_format
-
-
-def layout_of_weights(networks: Iterable[nn.Module]) -> torch.memory_format:
-    """That of networks which have been built; their convolutions take images of no other without a copy of weights."""
-    weights = (p for network in networks for p in network.parameters() if p.ndim == 4)
-    last = any(not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in weights)
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def _maps_outweigh(config: RunConfig, placement: Placement, channels: int, image_size: int) -> bool:
+    if config.precision.channels_last != "auto" or device.type != "cpu":
+        return ()
     rows = config.data.global_batch / config.train.accumulation / placement.mean_replicas
     try:
-        counts = [_of_convolutions(peer.network, _key(peer.options), channels, image_size) for _, peer in config.cohort]
+        found = maps_a_weight(peer.network, json.dumps(peer.options, sort_keys=True, default=str), channels, image_size)
     except (RuntimeError, ValueError, TypeError, AssertionError):
-        return True  # A network that does not take such images says so in its first step.
-    maps, weights = (sum(each) for each in zip(*counts, strict=True))
-    return rows * maps >= MAPS_A_WEIGHT * weights
-
-
-def maps_a_weight(network: str, options: Mapping[str, Any], channels: int, side: int) -> float:
-    """Numbers that convolutions read and write in a pass of one image, for each of their weights."""
-    maps, weights = _of_convolutions(network, _key(options), channels, side)
-    return maps / weights
-
-
-def _key(options: Mapping[str, Any]) -> str:
-    return json.dumps(options, sort_keys=True, default=str)
+        return ()  # A network that does not take such images says so in its first step.
+    return {name for name, maps in found.items() if rows * maps < MAPS_A_WEIGHT}
 
 
 @functools.cache
-def _of_convolutions(network: str, options: str, channels: int, side: int) -> tuple[int, int]:
-    """Numbers of the maps of one image that all convolutions of a network read and write, and of their weights."""
+def maps_a_weight(network: str, options: str, channels: int, side: int) -> Mapping[str, float]:
+    """Of each convolution of a network: numbers that it reads and writes in a pass of one image, over its weights.
+
+    Args:
+        network: its name.
+        options: of it, as JSON.
+        channels: of the image, which is `side` pixels wide.
+    """
     with weightless(network):
         module = models.create(network, 10, channels, **json.loads(options)).to("meta")
-    maps = weights = 0
-
-    def seen(convolution: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal maps, weights
-        assert isinstance(convolution, nn.Conv2d)
-        maps, weights = maps + inputs[0].numel() + output.numel(), weights + convolution.weight.numel()
-
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            part.register_forward_hook(seen)
     rows = 2  # BatchNorm in training wants more than one
+    found: dict[str, float] = {}
+
+    def seen(name: str, convolution: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        maps = (inputs[0].numel() + output.numel()) / rows
+        found[name] = found.get(name, 0.0) + maps / convolution.weight.numel()
+
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Conv2d):
+            part.register_forward_hook(functools.partial(seen, name))
     with shapes_alone(), torch.no_grad():
         module(torch.empty(rows, channels, side, side, device="meta"))
-    return maps // rows, weights
+    return found
+
+
+def placed(module: _M, device: torch.device, channels_last: bool | Literal["auto"], first: Collection[str] = ()) -> _M:
+    """The module on a device, in the layout that `precision.channels_last` says.
+
+    Args:
+        module: of which nothing but that changes.
+        channels_last: where not, no convolution.
+        first: its convolutions that do not lie channels last.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    module = module.to(device, memory_format=layout)  # type: ignore[call-overload]
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Conv2d) and (not channels_last or name in first):
+            part.to(memory_format=torch.contiguous_format)
+            part.register_forward_pre_hook(_first)
+    return module
+
+
+def _first(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A convolution would have its weights follow maps that lie otherwise, in each pass."""
+    return (inputs[0].contiguous(), *inputs[1:])

@@ -19,8 +19,8 @@ class PrecisionConfig(Section):
     tf32: bool = Field(True, description="TF32 in float32 matrix products and convolutions on GPUs that have it")
     channels_last: Literal["auto"] | bool = Field(
         "auto",
-        description="channels-last memory for images and networks; auto: on GPUs, and on a CPU where convolutions have "
-        "more numbers of maps to go through than of weights, as with small networks or large images",
+        description="channels-last memory for images and networks; auto: on a CPU but for convolutions that have more "
+        "weights than maps to go through, such as wide ones on few rows or small maps",
     )
     compile: bool = Field(
         False,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import models
 from engine.cohort.cohort import Cohort
 from engine.cohort.frozen import Reference, reference
+from engine.cohort.layout import placed
 from engine.config import PeerConfig, RunConfig
 from engine.files import digest, read_bytes
 from engine.ranks.tables import load_parts
@@ -109,7 +110,7 @@ def load_networks(
             peer does not fit its network.
     """
     folder, found = folder_of(run, manifest.step), defaultdict[str, dict[int, nn.Module]](dict)
-    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    channels_last = config.precision.channels_last
     with _all_or_none():
         _check_cohort(folder, manifest, config)
         for index in residents:
@@ -119,7 +120,7 @@ def load_networks(
             if not peer.learns:
                 network = _frozen(folder / file, state, peer, manifest)
                 for prefix in ("val", "ema") if config.train.ema_decay else ("val",):
-                    found[prefix][index] = network.to(device, memory_format=layout)  # type: ignore[call-overload]
+                    found[prefix][index] = placed(network, device, channels_last)
                 continue
             for prefix, part in (("val", "network"), ("ema", "ema")):
                 with _fits(folder / file):
@@ -127,7 +128,7 @@ def load_networks(
                         continue
                     network = models.create(peer.network, manifest.num_classes, manifest.channels, **peer.options)
                     network.load_state_dict(state[part])
-                found[prefix][index] = network.to(device, memory_format=layout)  # type: ignore[call-overload]
+                found[prefix][index] = placed(network, device, channels_last)
     return dict(found)
 
 

@@ -241,7 +241,7 @@ def score_exits(cohort: Cohort, pipeline: Pipeline) -> dict[str, float]:
         for rows in pipeline.evaluate(placement.replica, placement.replicas, cohort.config.evaluation.batch):
             for k, peer in peers.items():
                 with precision.autocast(cohort.device, cohort.autocast):
-                    named = peer(rows.images.contiguous(memory_format=cohort.layout))["exits"].argmax(-1)
+                    named = peer(rows.images)["exits"].argmax(-1)
                 right[k, : named.shape[1]] += (named == rows.targets[:, None]).sum(0)
     dist.all_reduce(right)
     best = (right.amax(1).double() * 100 / pipeline.eval_size).tolist()

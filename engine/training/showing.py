@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from data_pipelines import Batch
 from engine.cohort import precision
-from engine.cohort.layout import layout_of_weights
 from engine.ranks.exchanging.exchange import Exchange
 from engine.ranks.placement import Placement, Share, interval
 from losses import Signals
@@ -44,12 +43,10 @@ def shown(
     Yields:
         ids [N], targets [N] and the `logits` [N, C] of all K peers; nothing of those that live in other jobs.
     """
-    layout = layout_of_weights(networks.values())
 
     def look(rows: Batch) -> dict[int, Signals]:
-        images = rows.images.contiguous(memory_format=layout)
         with precision.autocast(device, autocast):
-            return {k: {"logits": network(images)} for k, network in networks.items()}
+            return {k: {"logits": network(rows.images)} for k, network in networks.items()}
 
     # In float32, or the ensemble would depend on who lives where.
     if placement.is_even:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from typing import Literal
 
 import torch
+from torch import nn
 
-from engine.cohort.layout import MAPS_A_WEIGHT, maps_a_weight
+import models
+from engine.cohort.layout import channels_first
 from engine.ranks.collectives import Launch
-from launch.bench.peers import Workload, bench_cohort, engine_step
+from engine.ranks.planning.choosing import plan
+from launch.bench.peers import Workload, bench_cohort, config_of, engine_step
 from launch.bench.turns import in_turn, ratio
 
 CASES = (
@@ -32,23 +36,30 @@ CASES = (
 )
 """Network, side of the images and rows of a step."""
 
+LAYOUTS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "last": True, "first": False}
+
 
 def layout(rounds: int, steps: int, device: torch.device, launch: Launch, *, quick: bool) -> None:
-    """A line for each case: numbers of maps for each weight, what `precision.channels_last: auto` makes of them on a
-    CPU, and the time of a step with channels last over that with channels first."""
+    """A line for each case: how many convolutions `precision.channels_last: auto` has lie channels first, and the time
+    of a step with channels last, and with channels first, over that of `auto`."""
     print(f"layout: float32, {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"  {'':28} {'side':>4} {'rows':>4} {'maps a weight':>13} {'auto':>5} {'ms, first':>9}  last / first")
+    print(
+        f"  {'':28} {'side':>4} {'rows':>4} {'first':>7} {'ms, auto':>9}  channels last / auto, channels first / auto"
+    )
     for network, side, rows in CASES[:1] if quick else CASES:
         work = Workload(network, side, rows, peers=1, method={"name": "independent"})
         variants = {}
-        for name, channels_last in (("last", True), ("first", False)):
+        for name, channels_last in LAYOUTS.items():
             each = replace(work, channels_last=channels_last)
             variants[name] = engine_step(bench_cohort(each, device, launch), each)
         times = in_turn(variants, rounds, steps, device)
-        low, middle, high = ratio(times, "last", "first")
-        maps = rows * maps_a_weight(network, {}, 3, side)
+        config = config_of(work)
+        first = channels_first(config, plan(config, 1, 0), device, config.peers[0], 3, side)
+        count = sum(isinstance(part, nn.Conv2d) for part in models.create(network, work.classes).modules())
+        told = (ratio(times, name, "auto") for name in ("last", "first"))
+        seconds = statistics.median(times["auto"])
         print(
-            f"  {network:28} {side:4} {rows:4} {maps:13.2f} {'last' if maps >= MAPS_A_WEIGHT else 'first':>5} "
-            f"{1000 * statistics.median(times['first']):9.1f}  {middle:.3f} (quartiles {low:.3f} to {high:.3f})",
+            f"  {network:28} {side:4} {rows:4} {f'{len(first)}/{count}':>7} {1000 * seconds:9.1f}  "
+            + ", ".join(f"{middle:.3f} ({low:.3f} to {high:.3f})" for low, middle, high in told),
             flush=True,
         )

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
+from engine.cohort.layout import channels_first, placed
 from engine.cohort.precision import AUTOCAST, autocast, set_precision
 from engine.config import PeerConfig, RunConfig
 from engine.ranks.collectives import Launch, choose_device
+from engine.ranks.planning.choosing import plan
 from engine.ranks.planning.planner import Load, PeerLoad
 
 REPEATS = 5
@@ -51,15 +53,15 @@ def _line(
 
 def _timed(config: RunConfig, peer: PeerConfig, classes: int, rows: int, device: torch.device) -> tuple[float, float]:
     """Medians of the seconds of a pass forward and of one backward with an update."""
-    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-    network = models.create(peer.network, classes, config.data.channels, **peer.options)
-    network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
+    side, channels = config.data.side, config.data.channels
+    first = channels_first(config, plan(config, 1, 0), device, peer, channels, side)
+    network = models.create(peer.network, classes, channels, **peer.options)
+    network = placed(network, device, config.precision.channels_last, first)
     network.train(peer.learns).requires_grad_(peer.learns)
     if config.precision.compile:
         network.compile()
     optimizer = torch.optim.SGD(network.parameters(), 1e-6, momentum=0.9, foreach=True) if peer.learns else None
-    side = config.data.side
-    images = torch.rand(rows, config.data.channels, side, side, device=device).contiguous(memory_format=layout)
+    images = torch.rand(rows, channels, side, side, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(rows, dtype=torch.int64, device=device)
     times = [_pass(config, network, optimizer, images, targets, device) for _ in range(REPEATS + 2)][2:]
     there, back = (statistics.median(each[i] for each in times) for i in range(2))

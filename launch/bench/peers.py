@@ -14,7 +14,7 @@ from torch import Tensor
 import models
 from data_pipelines import Batch
 from engine.cohort.cohort import Cohort
-from engine.cohort.layout import layout_of
+from engine.cohort.layout import channels_first, placed
 from engine.cohort.precision import set_precision
 from engine.config import RunConfig
 from engine.config.loading import validate
@@ -131,10 +131,9 @@ def bare_step(work: Workload, device: torch.device) -> Callable[[], object]:
     """`dml` or `independent` as one would write it in plain PyTorch, with the same kernels at hand: the same layout of
     memory, autocast and the fused optimiser."""
     config, batch = config_of(work), rows_of(work, device)
-    layout = layout_of(config, plan(config, 1, 0), device, 3, work.size)
-    images = batch.images.contiguous(memory_format=layout)
+    first = channels_first(config, plan(config, 1, 0), device, config.peers[0], 3, work.size)
     peers = [models.create(work.network, work.classes) for _ in range(work.peers)]
-    peers = [peer.to(device, memory_format=layout) for peer in peers]  # type: ignore[call-overload]
+    peers = [placed(peer, device, config.precision.channels_last, first) for peer in peers]
     optimizers = [
         torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
         for p in peers
@@ -148,7 +147,7 @@ def bare_step(work: Workload, device: torch.device) -> Callable[[], object]:
 
     def step() -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits = [peer(images) for peer in peers]
+            logits = [peer(batch.images) for peer in peers]
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         scaler.scale(couple([z.float() for z in logits], batch.targets)).backward()

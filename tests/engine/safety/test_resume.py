@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from engine.config import RunConfig
 from engine.config.loading import dump
@@ -255,22 +254,3 @@ def test_torchrun_restarts_a_worker_that_was_killed_and_the_run_goes_on(
     assert torchrun.returncode == 0, text
     assert text.count("going on at step") == 1, text
     assert_goes_on_as_if_nothing_happened(config.folder, undisturbed("dml", 2, 2))
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_memory_may_have_another_layout_after_a_start(tiny: Path, tmp_path: Path, optimizer: str) -> None:
-    """A fused update goes through weights, gradients and moments as they lie in memory, and asks no layout."""
-    layouts = {"whole": (True,), "other": (True, False), "back": (False, True)}
-    for folder, starts in layouts.items():
-        for start, channels_last in enumerate(starts, 1):
-            sections = {"train": {"epochs": 2 * start // len(starts)}, "schedule": {"name": "constant"}}
-            sections |= {"precision": {"channels_last": channels_last}, "optimizer": {"name": optimizer, "lr": 0.002}}
-            run_ranks(1, train_here, small_run(tiny, tmp_path / folder, **sections))
-    for folder in ("other", "back"):
-        # Sums of another order, which ten steps of these tiny networks make larger.
-        assert_same_state(learnt(tmp_path / folder), learnt(tmp_path / "whole"), 1e-3)
-
-
-def learnt(folder: Path) -> dict[str, Any]:
-    """Weights and moments."""
-    return {key: x for key, x in final_state(folder).items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
