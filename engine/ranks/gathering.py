@@ -126,8 +126,10 @@ class _Talk:
         # torchrun says where it has opened one.
         master = self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         # torch tells of each attempt that fails.
+        pause = 0.001
         while not master and not _answers(self._host, self._port):
-            time.sleep(_PAUSE)
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSE)
         return dist.TCPStore(  # type: ignore[attr-defined]
             self._host, self._port, is_master=master, wait_for_workers=False, multi_tenant=True
         )
