@@ -187,7 +187,7 @@ def test_torchrun_trains_lmcl_on_batches_of_classes_and_scores_it(tmp_path: Path
         tmp_path / "run",
         {"name": "lmcl", "meta_interval": 60, "width": 32},
         data={"dataset": "fashion_mnist_subset", "root": None, "global_batch": 20, "sampler": "class_balanced"},
-        train={"epochs": 1},
+        train={"max_steps": 120},
         placement={"kind": "spread"},
         log={"every_steps": 10},
     )
