@@ -19,7 +19,7 @@ from engine.config import RunConfig
 from engine.ranks import gathering
 from engine.ranks.collectives import Launch
 from engine.reporting.tracking import read_metrics
-from engine.safety import loading
+from engine.safety import loading, saving
 from engine.safety.preemption import Preemption
 from engine.trainer import train
 from launch.with_parent import end_with_parent
@@ -243,12 +243,17 @@ def test_signals_that_do_not_cease_change_nothing_once_stopping_is_agreed(
     assert saved(config.folder) < STEPS
 
 
+def fail_to_save(config: RunConfig, preempted: Path) -> None:
+    saving.AGAIN = ()
+    train_with_a_signal_in(config, "check_same_rows", 3, preempted)
+
+
 def test_a_save_at_a_signal_that_fails_is_not_claimed(tiny: Path, tmp_path: Path) -> None:
     config, preempted = a_run(tiny, tmp_path / "run"), tmp_path / "preempted"
     config.folder.mkdir()
     (config.folder / "checkpoints").write_text("in the way")
     with pytest.raises(RuntimeError, match=r"NotSavedError: .*the last, could not be saved"):
-        run_ranks(2, train_with_a_signal_in, config, "check_same_rows", 3, preempted)
+        run_ranks(2, fail_to_save, config, preempted)
     assert not preempted.exists()
 
 
