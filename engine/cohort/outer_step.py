@@ -62,7 +62,7 @@ def outer_gradients(cohort: Cohort, batch: Batch, share: Share, progress: Progre
         return False
     for k, gradients in mean(found).items():
         for p, gradient in zip(cohort.residents[k].outer.values(), gradients, strict=True):
-            p.grad = gradient
+            p.grad = torch.empty_like(p).copy_(gradient)  # a fused update goes through memory as `p` lies in it
     return True
 
 
