@@ -223,7 +223,7 @@ class Builder:
         return self._placed(head)
 
     def _placed(self, module: _M, first: Collection[str] = ()) -> _M:
-        module = placed(module, self._streams.device, self._config.precision.channels_last, first)
+        module = placed(module, self._streams.device, last=self._config.precision.channels_last != "off", first=first)
         if self._config.train.sync_bn and self._streams.device.type == "cuda":
             return _synchronised(module, self._replica_group)
         return module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Collection, Mapping
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,18 +75,18 @@ def maps_a_weight(network: str, options: str, channels: int, side: int) -> Mappi
     return found
 
 
-def placed(module: _M, device: torch.device, channels_last: bool | Literal["auto"], first: Collection[str] = ()) -> _M:
-    """The module on a device, in the layout that `precision.channels_last` says.
+def placed(module: _M, device: torch.device, *, last: bool, first: Collection[str] = ()) -> _M:
+    """The module on a device, and in a layout of memory.
 
     Args:
         module: of which nothing but that changes.
-        channels_last: where not, no convolution.
-        first: its convolutions that do not lie channels last.
+        last: whether convolutions lie channels last, and
+        first: those that do not all the same.
     """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if last else torch.contiguous_format
     module = module.to(device, memory_format=layout)  # type: ignore[call-overload]
     for name, part in module.named_modules():
-        if isinstance(part, nn.Conv2d) and (not channels_last or name in first):
+        if isinstance(part, nn.Conv2d) and (not last or name in first):
             part.to(memory_format=torch.contiguous_format)
             part.register_forward_pre_hook(_first)
     return module

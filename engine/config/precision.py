@@ -17,10 +17,10 @@ class PrecisionConfig(Section):
         "float32", description="autocast of the networks; losses stay float32"
     )
     tf32: bool = Field(True, description="TF32 in float32 matrix products and convolutions on GPUs that have it")
-    channels_last: Literal["auto"] | bool = Field(
+    channels_last: Annotated[Literal["auto", "on", "off"], ON_OFF] = Field(
         "auto",
-        description="channels-last memory for images and networks; auto: on a CPU but for convolutions that have more "
-        "weights than maps to go through, such as wide ones on few rows or small maps",
+        description="channels-last memory for images and networks; auto: but, on a CPU, for convolutions of more than "
+        "two weights for each number of the maps that they go through, such as wide ones on few rows or small maps",
     )
     compile: bool = Field(
         False,

@@ -110,7 +110,7 @@ def load_networks(
             peer does not fit its network.
     """
     folder, found = folder_of(run, manifest.step), defaultdict[str, dict[int, nn.Module]](dict)
-    channels_last = config.precision.channels_last
+    last = config.precision.channels_last != "off"
     with _all_or_none():
         _check_cohort(folder, manifest, config)
         for index in residents:
@@ -120,7 +120,7 @@ def load_networks(
             if not peer.learns:
                 network = _frozen(folder / file, state, peer, manifest)
                 for prefix in ("val", "ema") if config.train.ema_decay else ("val",):
-                    found[prefix][index] = placed(network, device, channels_last)
+                    found[prefix][index] = placed(network, device, last=last)
                 continue
             for prefix, part in (("val", "network"), ("ema", "ema")):
                 with _fits(folder / file):
@@ -128,7 +128,7 @@ def load_networks(
                         continue
                     network = models.create(peer.network, manifest.num_classes, manifest.channels, **peer.options)
                     network.load_state_dict(state[part])
-                found[prefix][index] = placed(network, device, channels_last)
+                found[prefix][index] = placed(network, device, last=last)
     return dict(found)
 
 

@@ -36,7 +36,7 @@ CASES = (
 )
 """Network, side of the images and rows of a step."""
 
-LAYOUTS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "last": True, "first": False}
+LAYOUTS: dict[str, Literal["auto", "on", "off"]] = {"auto": "auto", "last": "on", "first": "off"}
 
 
 def layout(rounds: int, steps: int, device: torch.device, launch: Launch, *, quick: bool) -> None:

@@ -56,7 +56,7 @@ def _timed(config: RunConfig, peer: PeerConfig, classes: int, rows: int, device:
     side, channels = config.data.side, config.data.channels
     first = channels_first(config, plan(config, 1, 0), device, peer, channels, side)
     network = models.create(peer.network, classes, channels, **peer.options)
-    network = placed(network, device, config.precision.channels_last, first)
+    network = placed(network, device, last=config.precision.channels_last != "off", first=first)
     network.train(peer.learns).requires_grad_(peer.learns)
     if config.precision.compile:
         network.compile()

@@ -48,7 +48,7 @@ class Workload:
     """`train.peer_threads` of a config."""
     views: str = "shared"
     """Whether peers see one augmentation of an image, or one each: `data.views` of a config."""
-    channels_last: bool | Literal["auto"] = "auto"
+    channels_last: Literal["auto", "on", "off"] = "auto"
     """`precision.channels_last` of a config."""
 
 
@@ -133,7 +133,7 @@ def bare_step(work: Workload, device: torch.device) -> Callable[[], object]:
     config, batch = config_of(work), rows_of(work, device)
     first = channels_first(config, plan(config, 1, 0), device, config.peers[0], 3, work.size)
     peers = [models.create(work.network, work.classes) for _ in range(work.peers)]
-    peers = [placed(peer, device, config.precision.channels_last, first) for peer in peers]
+    peers = [placed(peer, device, last=work.channels_last != "off", first=first) for peer in peers]
     optimizers = [
         torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
         for p in peers

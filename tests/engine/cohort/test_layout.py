@@ -53,7 +53,7 @@ def test_auto_has_those_lie_first_that_have_more_than_two_weights_a_map() -> Non
     assert first(2) == {"layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2"}
     for elsewhere in ("cuda", "meta"):
         assert first(2, device=elsewhere) == set()
-    for said in (True, False):
+    for said in ("on", "off"):
         assert first(2, channels_last=said) == set()
 
 
@@ -88,15 +88,15 @@ def test_it_changes_no_number(method: str, double: bool, within: float, sections
     """Of weights after steps, and each convolution gets maps that lie as its weights do."""
     section: dict[str, Any] = {"name": method, "meta_interval": 2} if method == "lmcl" else {"name": method}
     found = {}
-    for channels_last in (True, False, "auto"):
+    for channels_last in ("on", "off", "auto"):
         layout = {"precision": {"channels_last": channels_last}, "data": {"global_batch": 4}}
         config = config_of(section, WIDE, **layout, **sections)
         found[channels_last] = run_world(ranks, trained, config, double)
-        seen = {True: {True}, False: {False}, "auto": {True, False}}[channels_last]
+        seen = {"on": {True}, "off": {False}, "auto": {True, False}}[channels_last]
         for _, last in found[channels_last]:
             assert last == (set() if "train" in sections else seen)  # peers as one have no weights of their own
-    for channels_last in (False, "auto"):
-        for (one, _), (other, _) in zip(found[channels_last], found[True], strict=True):
+    for channels_last in ("off", "auto"):
+        for (one, _), (other, _) in zip(found[channels_last], found["on"], strict=True):
             assert_same_weights(one, other, within)
 
 

@@ -30,7 +30,7 @@ FREE = [
     ("log.wandb_project", "other"),
     ("health.spike_factor", 9.0),
     ("report.deployed", "best"),
-    ("precision.channels_last", False),
+    ("precision.channels_last", "off"),
     ("placement.kind", "colocated"),
     ("name", "other"),
 ]
