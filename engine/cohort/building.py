@@ -200,8 +200,9 @@ class Builder:
             )
         if initial:
             freeze(network, peer.frozen_parts)
-        sizes = self._channels, self._image_size
-        first = channels_first(self._config, self._placement, self._streams.device, peer, *sizes)
+        config, device = self._config, self._streams.device
+        rows = config.data.global_batch / config.train.accumulation / self._placement.mean_replicas
+        first = channels_first(config, peer, device, rows, self._channels, self._image_size)
         network = self._placed(network, first)
         return network if peer.learns else network.requires_grad_(False).eval()
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import models
 from engine.config import PeerConfig, RunConfig
-from engine.ranks.placement import Placement
 from models.shapes_alone import shapes_alone
 from models.weightless import weightless
 
@@ -23,10 +22,9 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def channels_first(
-    config: RunConfig, placement: Placement, device: torch.device, peer: PeerConfig, channels: int, image_size: int
+    config: RunConfig, peer: PeerConfig, device: torch.device, rows: float, channels: int, image_size: int
 ) -> Collection[str]:
-    """The convolutions of a peer's network that `precision.channels_last: auto` has lie channels first; the same on all
-    ranks.
+    """The convolutions of a peer's network that `precision.channels_last: auto` has lie channels first.
 
     On a CPU channels-last memory saves what kernels would otherwise do to reorder maps, and costs what they and a fused
     optimiser do to reorder weights and their gradients. So those lie first that in a pass go through less than
@@ -34,14 +32,13 @@ def channels_first(
 
     Args:
         config: of the run.
-        placement: of any rank.
-        device: of the networks.
         peer: whose network it is.
+        device: of the network.
+        rows: of a pass, in the mean over ranks: those that hold the same peer must choose alike.
         channels: of the images, which are `image_size` pixels wide.
     """
     if config.precision.channels_last != "auto" or device.type != "cpu":
         return ()
-    rows = config.data.global_batch / config.train.accumulation / placement.mean_replicas
     try:
         found = maps_a_weight(peer.network, json.dumps(peer.options, sort_keys=True, default=str), channels, image_size)
     except (RuntimeError, ValueError, TypeError, AssertionError):

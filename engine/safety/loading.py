@@ -271,4 +271,4 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
         for name, value in kept.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 # A fused kernel goes through memory, and `precision.channels_last` may have been another.
-                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

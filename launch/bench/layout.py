@@ -12,7 +12,6 @@ from torch import nn
 import models
 from engine.cohort.layout import channels_first
 from engine.ranks.collectives import Launch
-from engine.ranks.planning.choosing import plan
 from launch.bench.peers import Workload, bench_cohort, config_of, engine_step
 from launch.bench.turns import in_turn, ratio
 
@@ -54,7 +53,7 @@ def layout(rounds: int, steps: int, device: torch.device, launch: Launch, *, qui
             variants[name] = engine_step(bench_cohort(each, device, launch), each)
         times = in_turn(variants, rounds, steps, device)
         config = config_of(work)
-        first = channels_first(config, plan(config, 1, 0), device, config.peers[0], 3, side)
+        first = channels_first(config, config.peers[0], device, rows, 3, side)
         count = sum(isinstance(part, nn.Conv2d) for part in models.create(network, work.classes).modules())
         told = (ratio(times, name, "auto") for name in ("last", "first"))
         seconds = statistics.median(times["auto"])

@@ -17,7 +17,6 @@ from engine.cohort.layout import channels_first, placed
 from engine.cohort.precision import AUTOCAST, autocast, set_precision
 from engine.config import PeerConfig, RunConfig
 from engine.ranks.collectives import Launch, choose_device
-from engine.ranks.planning.choosing import plan
 from engine.ranks.planning.planner import Load, PeerLoad
 
 REPEATS = 5
@@ -54,7 +53,7 @@ def _line(
 def _timed(config: RunConfig, peer: PeerConfig, classes: int, rows: int, device: torch.device) -> tuple[float, float]:
     """Medians of the seconds of a pass forward and of one backward with an update."""
     side, channels = config.data.side, config.data.channels
-    first = channels_first(config, plan(config, 1, 0), device, peer, channels, side)
+    first = channels_first(config, peer, device, rows, channels, side)
     network = models.create(peer.network, classes, channels, **peer.options)
     network = placed(network, device, last=config.precision.channels_last != "off", first=first)
     network.train(peer.learns).requires_grad_(peer.learns)

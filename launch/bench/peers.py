@@ -131,7 +131,7 @@ def bare_step(work: Workload, device: torch.device) -> Callable[[], object]:
     """`dml` or `independent` as one would write it in plain PyTorch, with the same kernels at hand: the same layout of
     memory, autocast and the fused optimiser."""
     config, batch = config_of(work), rows_of(work, device)
-    first = channels_first(config, plan(config, 1, 0), device, config.peers[0], 3, work.size)
+    first = channels_first(config, config.peers[0], device, work.batch, 3, work.size)
     peers = [models.create(work.network, work.classes) for _ in range(work.peers)]
     peers = [placed(peer, device, last=work.channels_last != "off", first=first) for peer in peers]
     optimizers = [

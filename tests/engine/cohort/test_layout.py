@@ -11,7 +11,6 @@ from torch import nn
 
 from engine.cohort.layout import channels_first, maps_a_weight
 from engine.config import RunConfig
-from engine.ranks.planning.choosing import plan
 from models.stages import plain_state
 from tests.engine.stepping import CPU, cohort_in_double, cohort_of, config_of, do_steps
 from tests.runs import assert_same_weights
@@ -36,13 +35,10 @@ def test_maps_and_weights_of_each_convolution_are_counted() -> None:
     assert found == pytest.approx(RATIOS)
 
 
-def first(
-    rows: int, ranks: int = 1, device: str = "cpu", parts: int = 1, channels_last: Any = "auto", **placement: Any
-) -> Collection[str]:
-    """Of two peers on 4 x 4 images."""
-    sections = {"data": {"global_batch": rows}, "train": {"accumulation": parts}, "placement": placement}
-    config = config_of(precision={"channels_last": channels_last}, **sections)
-    return set(channels_first(config, plan(config, ranks, 0), torch.device(device), config.peers[0], 1, 4))
+def first(rows: float, device: str = "cpu", channels_last: str = "auto") -> Collection[str]:
+    """On 4 x 4 images."""
+    config = config_of(precision={"channels_last": channels_last})
+    return set(channels_first(config, config.peers[0], torch.device(device), rows, 1, 4))
 
 
 def test_auto_has_those_lie_first_that_have_more_than_two_weights_a_map() -> None:
@@ -57,15 +53,31 @@ def test_auto_has_those_lie_first_that_have_more_than_two_weights_a_map() -> Non
         assert first(2, channels_last=said) == set()
 
 
-def test_auto_counts_the_rows_of_one_pass_of_one_rank() -> None:
-    assert first(16, 2, kind="colocated") == first(8)
-    assert first(8, 2, kind="spread") == first(8)  # each rank has one peer, and all rows
-    assert first(16, parts=2) == first(8)
+def lie_first(config: RunConfig) -> set[str]:
+    """Of convolutions with a kernel and several channels, those of this rank's first peer that do not lie last."""
+    network = next(iter(cohort_of(config).residents.values())).whole
+    several = {name: p for name, p in network.named_parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1}
+    return {name for name, p in several.items() if not is_last(p)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sections", "rows"),
+    [
+        (1, {}, 4),
+        (1, {"train": {"accumulation": 2}}, 2),
+        (2, {"placement": {"kind": "colocated"}}, 2),
+        (2, {"placement": {"kind": "spread"}}, 4),
+    ],
+)
+def test_rows_are_those_of_a_pass_of_a_rank(ranks: int, sections: dict[str, Any], rows: int) -> None:
+    """16 x 16 images have 16 times the maps: 0.22 a row in the last convolution, more than 0.5 from three rows on."""
+    expected: set[str] = {"layer3.0.conv2.weight"} if rows == 2 else set()
+    assert run_world(ranks, lie_first, config_of(data={"global_batch": 4}, **sections)) == [expected] * ranks
 
 
 def test_auto_says_nothing_of_a_network_that_takes_no_such_images() -> None:
     config = config_of(peers=[{"network": "torchvision/densenet121"}], method={"name": "independent"})
-    assert not channels_first(config, plan(config, 1, 0), CPU, config.peers[0], 3, 4)
+    assert not channels_first(config, config.peers[0], CPU, 1, 3, 4)
 
 
 WIDE = [{"network": "cifar_resnet8_b", "copies": 2, "options": {"width": 12}}]
