@@ -55,9 +55,10 @@ def test_yaml_gives_the_placement_that_was_chosen(config: Path, tmp_path: Path) 
     assert plan(load(tmp_path / "pasted.yaml"), 8, 0).world == 8
 
 
-@pytest.mark.slow
-def test_peers_can_be_timed_here(config: Path) -> None:
-    code, out, _ = run_command("plan", str(config), "--gpus", "2", "--measure", *TINY)
+@pytest.mark.parametrize("kind", ["auto", "spread"])
+def test_peers_can_be_timed_here(config: Path, kind: str) -> None:
+    """Whatever ranks the run is for: they are timed on one."""
+    code, out, _ = run_command("plan", str(config), "--gpus", "2", "--measure", *TINY, f"placement.kind={kind}")
     assert code == 0
     assert "images/s" in out
 
