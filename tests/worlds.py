@@ -11,6 +11,7 @@ import multiprocessing.connection
 import os
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -103,7 +104,17 @@ def _with_process_group(function: Callable[..., Any], *arguments: Any) -> Any:
     start(Launch.from_environment(), torch.device("cpu"))
     # Whoever has nothing to do and leaves early is missed by those that have not found all others yet.
     dist.barrier()
+    rank, world, store = dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()
     try:
-        return function(*arguments)
+        result = function(*arguments)
     finally:
         dist.destroy_process_group()
+    leave_last(store, rank, world)
+    return result
+
+
+def leave_last(store: Any, rank: int, world: int) -> None:
+    """To be called by all ranks at their end: the store goes with rank 0, and others may still want it."""
+    store.add("left", 1)
+    while rank == 0 and store.add("left", 0) < world:
+        time.sleep(0.002)

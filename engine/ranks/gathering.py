@@ -5,6 +5,7 @@
     missing/T   whom rank 0 is waiting for, in words
     asked/T     the number of a signal that some rank got
     go/T        from rank 0: the tokens of all that have come, and the number of a signal that ends the start, or 0
+    left/T      how many have read of that signal
 
 The store may be one in which ranks have met before that are dead by now, as torchrun keeps it over restarts, which its
 agents count differently: so an answer counts only where it holds one's own token.
@@ -36,6 +37,9 @@ PATIENCE = 10.0
 
 GRACE = 2.0
 """Seconds that ranks which are missing still have when a signal asks for the end."""
+
+LEAVE = 10.0
+"""Seconds that rank 0, which may hold the store, gives the others to read of that signal."""
 
 _PAUSE = 0.1
 """Seconds between two looks, at most."""
@@ -153,7 +157,11 @@ class _Talk:
                 asked_at = asked_at or time.monotonic()
                 if time.monotonic() - asked_at > GRACE:
                     store.set(f"go/{token}", json.dumps([number, here]))
-                    time.sleep(1.0)  # The store may go with this process.
+                    # The store may go with this process.
+                    for _ in range(int(LEAVE / _PAUSE)):
+                        if store.add(f"left/{token}", 0) == len(here) - 1:
+                            break
+                        time.sleep(_PAUSE)
                     raise StoppedEarly(number)
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE)
@@ -171,6 +179,7 @@ class _Talk:
                 number, here = json.loads(store.get(f"go/{token}"))
                 if here.get(str(self._rank)) == own:
                     if number:
+                        store.add(f"left/{token}", 1)
                         raise StoppedEarly(number)
                     return token
             others = store.get(f"missing/{token}").decode() if _has(store, f"missing/{token}") else ""

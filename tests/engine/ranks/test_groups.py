@@ -11,7 +11,7 @@ import torch.distributed as dist
 from engine.ranks.collectives import group_of, is_shared, leave
 from engine.ranks.placement import Placement
 from tests.engine.stepping import cohort_of, config_of, do_steps
-from tests.worlds import run_ranks, run_world
+from tests.worlds import leave_last, run_ranks, run_world
 
 
 def _sums(peers_per_rank: int) -> list[float]:
@@ -53,9 +53,7 @@ def _asked(gpus: list[str]) -> bool:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, world, is_master=rank == 0)  # type: ignore[attr-defined]
     answer = is_shared(gpus[rank], store, world)
-    if store.add("answered", 1) == world:
-        store.set("all_answered", "1")
-    store.wait(["all_answered"])
+    leave_last(store, rank, world)
     return answer
 
 
