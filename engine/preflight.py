@@ -35,7 +35,7 @@ from losses import METHODS, PeerInfo
 from losses.capabilities import OuterProblem
 from losses.contrast import ContrastiveOptions
 from models.freezing import freeze
-from models.shapes_alone import shapes_alone
+from models.shapes_alone import dry_run
 from models.weightless import weightless
 
 
@@ -208,11 +208,11 @@ def _check_sizes(config: RunConfig) -> None:
     """A network that takes images of one size only would end a run at the epoch at which they get another."""
     sizes = sorted({size for _, size in config.data.image.training_sizes} - {config.data.side})
     for peer in config.peers if sizes else ():
-        with weightless(peer.network), shapes_alone():
+        with weightless(peer.network):
             network = models.create(peer.network, 2, config.data.channels, **peer.options)
             for size in sizes:
                 try:
-                    network(torch.empty(2, config.data.channels, size, size, device="meta"))
+                    dry_run(network, torch.empty(2, config.data.channels, size, size, device="meta"))
                 except (RuntimeError, ValueError, AssertionError) as error:
                     reason = str(error).strip().partition("\n")[0]
                     raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from models.errors import first_line
 from models.registry import create
-from models.shapes_alone import shapes_alone
+from models.shapes_alone import dry_run
 from models.weightless import weightless
 
 _SIZE_OPTIONS = ("img_size", "image_size")
@@ -79,10 +78,9 @@ def _refusal(network: nn.Module, num_classes: int, in_channels: int, side: int, 
     device = next((x.device for x in network.parameters()), torch.device("meta"))
     count = min(count, _ENOUGH)
     images = torch.zeros(count, in_channels, side, side, device=device)
-    passing = shapes_alone() if device.type == "meta" else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), passing, torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            given = network(images)
+            given = dry_run(network, images) if device.type == "meta" else network(images)
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError) as error:
             without_numbers = isinstance(error, NotImplementedError) or "meta" in str(error).lower()
             return None if without_numbers else first_line(error) or type(error).__name__

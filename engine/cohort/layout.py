@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import models
 from engine.config import PeerConfig, RunConfig
-from models.shapes_alone import shapes_alone
+from models.shapes_alone import dry_run
 from models.weightless import weightless
 
 MAPS_A_WEIGHT = 0.5
@@ -67,8 +67,7 @@ def maps_a_weight(network: str, options: str, channels: int, side: int) -> Mappi
     for name, part in module.named_modules():
         if isinstance(part, nn.Conv2d):
             part.register_forward_hook(functools.partial(seen, name))
-    with shapes_alone(), torch.no_grad():
-        module(torch.empty(rows, channels, side, side, device="meta"))
+    dry_run(module, torch.empty(rows, channels, side, side, device="meta"))
     return found
 
 

@@ -1,12 +1,21 @@
 """What torch is asked about shapes is answered alike with and without its algebra of symbols, which is not imported.
 
-Each in a process of its own, as what others have imported stays."""
+What is imported is asked in processes of their own, as what others have imported stays."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from models import create
+from models.shapes_alone import dry_run
+from models.weightless import weightless
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("sympy", "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes")
@@ -82,3 +91,35 @@ x = torch.ones(2, 3)
 print(torch.equal(torch.compile(net, backend="aot_eager", dynamic=True)(x), net(x)))
 """)
     assert said == "True\n"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["cifar_resnet8_b", "timm/mobilenetv3_small_050", "torchvision/densenet121"])
+def test_every_map_of_a_dry_run_is_that_of_a_pass(name: str, dtype: torch.dtype, training: bool) -> None:
+    with weightless(name):
+        network = create(name, 10, 3).to("meta", dtype, memory_format=torch.channels_last).train(training)
+    images = torch.empty(2, 3, 64, 64, device="meta", dtype=dtype)
+    assert _maps(network, dry_run, images) == _maps(network, lambda module, x: module(x), images)
+
+
+def _maps(network: nn.Module, make: Any, images: torch.Tensor) -> list[Any]:
+    found: list[Any] = []
+    hooks = [
+        part.register_forward_hook(lambda _, __, y: found.append((y.shape, y.stride(), y.dtype)))
+        for part in network.modules()
+    ]
+    assert make(network, images).shape == (2, 10)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize(("rows", "channels"), [(1, 8), (2, 7)])
+def test_a_batch_norm_says_in_a_dry_run_what_it_cannot_take(rows: int, channels: int) -> None:
+    norm, images = nn.BatchNorm2d(8, device="meta"), torch.empty(rows, channels, 1, 1, device="meta")
+    with pytest.raises((ValueError, RuntimeError)) as own:
+        norm(images)
+    with pytest.raises(own.type) as told:
+        dry_run(norm, images)
+    assert str(told.value) == str(own.value)
