@@ -17,16 +17,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import CellType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch._compile
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 _OF_SHAPES = ("torch._refs", "torch._decomp", "torch._prims", "torch._meta_registrations")
 _NUMBERS = {bool, int, float}
 _EMPTY = CellType()
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -43,10 +44,10 @@ def shapes_alone() -> Iterator[None]:
             each.leave()
 
 
-def dry_run(network: nn.Module, images: Tensor) -> Any:
-    """What a network on the meta device gives for such images, by shapes alone and without gradients."""
+def dry_run(network: Callable[..., _T], *inputs: Any) -> _T:
+    """What a network, or what calls one, gives on the meta device, by shapes alone and without gradients."""
     with shapes_alone(), torch.no_grad(), _NormAtOnce():
-        return network(images)
+        return network(*inputs)
 
 
 class _NormAtOnce(TorchFunctionMode):

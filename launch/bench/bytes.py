@@ -14,6 +14,7 @@ from engine.ranks.planning.choosing import plan
 from engine.rehearsal import META
 from losses import Progress
 from losses.capabilities import AllRows
+from models.shapes_alone import dry_run
 
 
 def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int = 128, **options: Any) -> int:
@@ -45,8 +46,7 @@ def bytes_a_step(method: str, network: str = "torchvision/resnet50", rows: int =
         return 0
     images, targets = torch.zeros(2, 3, 224, 224, device=META), torch.zeros(2, dtype=torch.int64, device=META)
     batch = Batch((images,), targets, torch.arange(2, device=META))
-    with torch.no_grad():
-        signals = cohort.forward(batch, Progress(0, 1000, 1), 0, [0])[0]
+    signals = dry_run(cohort.forward, batch, Progress(0, 1000, 1), 0, [0])[0]
     assert all(len(x) == 2 for x in signals.values())
     numbers = sum(x.numel() for name, x in signals.items() if name not in cohort.private)
     if isinstance(cohort.method, AllRows) and cohort.method.everywhere:

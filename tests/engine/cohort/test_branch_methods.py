@@ -17,6 +17,7 @@ from engine.config.loading import validate
 from engine.ranks.planning.choosing import plan
 from engine.rehearsal import META
 from losses import Progress
+from models.shapes_alone import dry_run
 from models.stages import plain_state
 from tests.engine.ranks.exchanging.test_exchange import FLOAT, ROWS, Call, agreement, calls_of_a_step
 from tests.engine.stepping import CLASSES, CPU, cohort_in_double, cohort_of, config_of, do_steps
@@ -190,10 +191,9 @@ def resnet50() -> list[tuple[int, int]]:
         cohort = Cohort(
             config, plan(config, 1, 0), META, num_classes=1000, channels=3, image_size=224, steps_per_epoch=1
         )
-        with torch.no_grad():
-            images, targets = torch.zeros(1, 3, 224, 224, device=META), torch.zeros(1, dtype=torch.int64, device=META)
-            batch = Batch((images,), targets, torch.zeros(1, device=META))
-            shown = cohort.forward(batch, Progress(0, 1, 1), 0, range(1))[0]
+        images, targets = torch.zeros(1, 3, 224, 224, device=META), torch.zeros(1, dtype=torch.int64, device=META)
+        batch = Batch((images,), targets, torch.zeros(1, device=META))
+        shown = dry_run(cohort.forward, batch, Progress(0, 1, 1), 0, range(1))[0]
         shared = sum(p.numel() for p in cohort.shared.parameters())
         found.append((128 * FLOAT * sum(x.numel() for name, x in shown.items() if name not in cohort.private), shared))
     return found
