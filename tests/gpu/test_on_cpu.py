@@ -10,10 +10,11 @@ from tests.gpu.cases import CASES
 from tests.gpu.checks import assert_close, assert_learnt, assert_terms_close, whole
 from tests.gpu.jobs import JOBS
 from tests.gpu.steps import look_at
+from tests.marks import slow
 from tests.worlds import run_ranks
 
 
-@pytest.mark.parametrize("case", ["dml_accumulation", "mcl_memory"])
+@pytest.mark.parametrize("case", ["dml_accumulation", slow("mcl_memory")])
 def test_a_case(case: str) -> None:
     [found] = run_ranks(1, look_at, CASES[case], "cpu")
     here, cpu = whole(found["device"]), whole(found["cpu"])

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from launch.bench.gpu.methods import FORMS
 from launch.bench.gpu.parts import PARTS
 from losses import METHODS
@@ -25,6 +27,7 @@ def rows(out: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_has_its_table(tmp_path: Path) -> None:
     done = command(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -24,6 +24,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_photographs_of_ones_own_are_trained_on_compared_and_exported_by_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ print("alike")
     assert said == "alike\n"
 
 
+@pytest.mark.slow
 def test_a_network_is_compiled_as_ever_afterwards() -> None:
     said = run(f"""{PASS}
 with shapes_alone():

@@ -21,6 +21,7 @@ from models.shapes_alone import dry_run
 from models.stages import plain_state
 from tests.engine.ranks.exchanging.test_exchange import FLOAT, ROWS, Call, agreement, calls_of_a_step
 from tests.engine.stepping import CLASSES, CPU, cohort_in_double, cohort_of, config_of, do_steps
+from tests.marks import slow
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
 
@@ -78,7 +79,7 @@ def trained(form: str, ranks: int, steps: int, double: bool = False, **placement
 # A trunk's gradient is a sum over ranks, so that rounding depends on the placement. Biases of these tiny networks start
 # at 0, and a unit that is about to turn over makes of 1e-6 a percent within ten steps of float32: after three it is
 # below 1e-5 of every tensor, and ten are compared in float64.
-STEPS = pytest.mark.parametrize(("steps", "double", "within"), [(3, False, 1e-5), (10, True, 1e-12)])
+STEPS = pytest.mark.parametrize(("steps", "double", "within"), [slow(3, False, 1e-5), (10, True, 1e-12)])
 
 
 @STEPS

@@ -30,6 +30,7 @@ from tests.engine.stepping import (
     joined,
     state,
 )
+from tests.marks import often, slow
 from tests.runs import assert_same_weights
 from tests.worlds import run_world
 
@@ -45,11 +46,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "lmcl_global": {"name": "lmcl", "negatives": "global"},
     "lmcl_memory": {"name": "lmcl", **MEMORY},
 }
-
-
-def slow(*values: Any) -> Any:
-    """Parameters of a test that is run before a release."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 MAIN = ("mcl_global", "mcl_memory", "lmcl_global", "lmcl_memory")
@@ -114,7 +110,7 @@ def test_two_peers_spread_equal_colocated(form: str) -> None:
     assert any(name.startswith("method/memory.banks") for name in expected) == ("memory" in FORMS[form].values())
 
 
-@pytest.mark.parametrize("form", MAIN)
+@pytest.mark.parametrize("form", often(MAIN, "lmcl_memory"))
 def test_in_float32_too(form: str) -> None:
     assert_same_weights(trained(form, 2, 2, SPREAD, False), trained(form, 2, 1, COLOCATED, False), 1e-5)
 
@@ -130,7 +126,8 @@ def test_four_peers_in_a_hybrid_equal_colocated(form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", [slow("mcl_batch"), "mcl_global", "mcl_memory", "lmcl_batch", slow("lmcl_global"), slow("lmcl_memory")]
+    "form",
+    [slow("mcl_batch"), slow("mcl_global"), "mcl_memory", "lmcl_batch", slow("lmcl_global"), slow("lmcl_memory")],
 )
 def test_spread_over_replicas_equals_colocated_over_as_many(form: str) -> None:
     """Two replicas on either side, so that BatchNorm sees the same rows."""
@@ -150,7 +147,7 @@ def test_a_shared_trunk_of_four_branches(negatives: str) -> None:
     assert_same_weights(trained(form, 4, 2, HYBRID, shared_stages=1), colocated, 1e-10)
 
 
-@pytest.mark.parametrize("form", [slow("mcl_global"), "mcl_memory", "lmcl_global", slow("lmcl_memory")])
+@pytest.mark.parametrize("form", ["mcl_memory", slow("mcl_global"), slow("lmcl_global"), slow("lmcl_memory")])
 def test_unlike_peers(form: str) -> None:
     assert_same_weights(trained(form, UNLIKE, 2, SPREAD), trained(form, UNLIKE, 1, COLOCATED), 1e-10)
 

@@ -27,6 +27,7 @@ from tests.engine.stepping import (
     optimizer_state,
     state,
 )
+from tests.marks import slow
 from tests.worlds import run_world
 
 ALPHA, BETA, GAMMA, LAMBDA, TAU, T = 0.1, 0.2, 1.0, 0.5, 0.1, 3.0
@@ -236,7 +237,7 @@ def around_an_outer_step(config: RunConfig) -> tuple[Seen, Seen]:
     return before, (state(cohort), optimizer_state(cohort))
 
 
-@pytest.mark.parametrize(("ranks", "kind"), [(1, "colocated"), (2, "spread"), (2, "colocated")])
+@pytest.mark.parametrize(("ranks", "kind"), [slow(1, "colocated"), (2, "spread"), (2, "colocated")])
 @pytest.mark.parametrize("negatives", ["global", "memory"])
 def test_an_outer_step_leaves_everything_but_its_own_alone(negatives: str, ranks: int, kind: str) -> None:
     for (state_0, remembered_0), (state_1, remembered_1) in run_world(

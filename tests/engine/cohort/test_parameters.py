@@ -37,6 +37,7 @@ from tests.engine.stepping import (
 )
 from tests.kills import assert_same_state, final_state, numbers
 from tests.launch.command import run_command
+from tests.marks import slow
 from tests.runs import small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
 
@@ -112,7 +113,7 @@ def test_dcl_writes_nothing_in_a_skipped_step(ranks: int, method: dict[str, Any]
 
 
 @pytest.mark.parametrize("wire", ["float32", "bf16"])
-@pytest.mark.parametrize(("ranks", "kind"), [(1, "colocated"), (2, "spread"), (4, "spread")])
+@pytest.mark.parametrize(("ranks", "kind"), [(1, "colocated"), slow(2, "spread"), (4, "spread")])
 def test_copies_are_the_peers_of_the_step_that_exchanged_them(ranks: int, kind: str, wire: str) -> None:
     """Taken after steps 3 and 7 (numbers 2 and 6), and untouched in between; equal on all ranks."""
     config = config_of(STALE | {"wire": wire}, UNLIKE, placement={"kind": kind})

@@ -18,6 +18,7 @@ from tests.engine.ranks.exchanging.test_exchange import FLOAT, ROWS, counted
 from tests.engine.stepping import CLASSES, cohort_of, config_of, do_steps
 from tests.kills import assert_same_state, final_state, kill_after_step, numbers
 from tests.launch.command import run_command
+from tests.marks import often
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
 
@@ -51,7 +52,7 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train
 
 
-@pytest.mark.parametrize("method", KDCL)
+@pytest.mark.parametrize("method", often(KDCL, "minlogit", "linear"))
 def test_kdcl_is_the_same_in_every_placement(trained: Any, method: str) -> None:
     colocated = trained(method, 4, 1, kind="colocated")
     assert_same_weights(trained(method, 4, 4, kind="spread"), colocated)

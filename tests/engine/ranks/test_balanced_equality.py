@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.config import RunConfig
 from tests.engine.stepping import cohort_in_double, config_of, do_steps, joined, state
+from tests.marks import often, slow
 from tests.worlds import run_world
 
 
@@ -87,9 +88,10 @@ METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any]] = {
     "lmcl": ({"name": "lmcl", "meta_interval": 2}, _peers(4, 8), TWO),
     "lmcl, memory": ({"name": "lmcl", "meta_interval": 1, **MEMORY}, _peers(4, 4), TWO[:1]),
 }
+OFTEN = ("dml of four", "dml, in turns", "kdcl", "dcm", "codistillation", "dcl", "ffl", "pcl", "mcl, memory", "lmcl")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", often(METHODS, *OFTEN))
 def test_uneven_ranks_and_rows_change_no_number(method: str) -> None:
     options, peers, worlds = METHODS[method]
     _assert_equal_everywhere(options, peers, worlds[:1], data={"global_batch": 22 if "mcl" in method else 17})
@@ -134,7 +136,7 @@ IN_TWO = {"ranks": {"p0": 2, "p1": 1, "p2": 3}, "exchange": "hierarchical"}
     [
         ({"name": "dml"}, 17),  # constants
         ({"name": "mcl"}, 22),  # everywhere, and gradients come back
-        pytest.param({"name": "lmcl", "meta_interval": 2}, 22, marks=pytest.mark.slow),  # and their gradients too
+        slow({"name": "lmcl", "meta_interval": 2}, 22),  # and their gradients too
     ],
 )
 def test_exchanges_in_two_levels_change_no_number(method: dict[str, Any], rows: int) -> None:

@@ -33,6 +33,7 @@ from tests.engine.cohort.test_parameters import is_parameter, states_after
 from tests.engine.stepping import CPU, cohort_of, config_of, do_steps, state
 from tests.kills import assert_same_state, final_state, kill_after_step, last_step, numbers, running
 from tests.launch.command import run_command
+from tests.marks import slow
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
 
@@ -79,7 +80,7 @@ def train_beside(config: RunConfig, rows: Mapping[int, list[Tensor]], steps: int
     return seen
 
 
-@pytest.mark.parametrize(("count", "ranks", "wire"), [(2, 1, "float32"), (3, 1, "bf16"), (3, 2, "float32")])
+@pytest.mark.parametrize(("count", "ranks", "wire"), [slow(2, 1, "float32"), slow(3, 1, "bf16"), (3, 2, "float32")])
 def test_a_job_given_what_the_gang_exchanged_does_what_its_peer_does_in_the_gang(
     tmp_path: Path, count: int, ranks: int, wire: str
 ) -> None:
@@ -119,7 +120,7 @@ def test_without_the_others_a_peer_is_trained_as_if_alone(tiny: Path, tmp_path: 
     assert_same_weights(weights(tmp_path / "run" / "b"), alone, relative=0)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_killed_beside_a_frozen_file_a_job_goes_on_bit_by_bit(tiny: Path, tmp_path: Path, ranks: int) -> None:
     run_ranks(1, train_here, a_job(tiny, tmp_path, "b"))
     shutil.copytree(tmp_path / "meeting", tmp_path / "frozen")

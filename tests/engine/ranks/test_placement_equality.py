@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.marks import often, slow
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks
 
@@ -39,19 +40,19 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("peers", [2, 3, 4])
+@pytest.mark.parametrize("peers", [slow(2), 3, slow(4)])
 def test_spread_equals_colocated(trained: Any, method: str, peers: int) -> None:
     colocated = trained(method, peers, 1, kind="colocated")
     assert_same_weights(trained(method, peers, peers, kind="spread"), colocated)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", often(METHODS, "dml", "dml_sequential", "dcl", "codistillation"))
 def test_hybrid_equals_colocated(trained: Any, method: str) -> None:
     colocated = trained(method, 4, 1, kind="colocated")
     assert_same_weights(trained(method, 4, 2, kind="hybrid", peers_per_rank=2), colocated)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", often(METHODS, "dml", "dcm", "codistillation"))
 def test_spread_over_replicas_equals_colocated_over_as_many(trained: Any, method: str) -> None:
     """Two replicas on either side, so that BatchNorm sees the same rows."""
     assert_same_weights(trained(method, 2, 4, kind="spread"), trained(method, 2, 2, kind="colocated"))

@@ -12,6 +12,7 @@ import models
 from engine.config import RunConfig
 from tests.kills import assert_same_state, final_state, kill_after_step, numbers
 from tests.launch.command import run_command
+from tests.marks import often
 from tests.runs import small_run, train_here, weights
 from tests.worlds import run_ranks
 
@@ -29,7 +30,7 @@ def _run(tiny: Path, folder: Path, method: str) -> RunConfig:
     return small_run(tiny, folder, options, peers, checkpoint={"every_steps": 3}, log={"every_steps": 1})
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", often(METHODS, "ffl", "okddip_network"))
 def test_a_killed_run_ends_with_the_same_bits_and_its_peers_leave_as_whole_networks(
     tiny: Path, tmp_path: Path, method: str
 ) -> None:

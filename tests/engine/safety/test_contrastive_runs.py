@@ -24,6 +24,7 @@ from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import CheckpointError
 from tests.kills import assert_same_state, final_state, kill_after_step, numbers
 from tests.launch.command import run_command
+from tests.marks import often
 from tests.runs import small_run, train_here, weights
 from tests.worlds import run_ranks
 
@@ -67,7 +68,7 @@ def whole_banks(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", often(METHODS, "mcl_sharded", "lmcl_memory"))
 def test_a_killed_run_ends_with_the_same_bits_and_its_peers_leave_as_plain_networks(
     tiny: Path, tmp_path: Path, undisturbed: Any, method: str
 ) -> None:

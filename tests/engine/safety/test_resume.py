@@ -25,6 +25,7 @@ from tests.kills import (
     last_step,
     numbers,
 )
+from tests.marks import slow
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
 
@@ -74,7 +75,7 @@ def test_an_undisturbed_run_writes_each_step_once_and_each_evaluation_once(undis
         assert any(key.startswith(f"peer_cifar_resnet8_b-0.pt/{part}/") for key in state)
 
 
-@pytest.mark.parametrize("method", ["dml", "independent"])
+@pytest.mark.parametrize("method", ["dml", slow("independent")])
 def test_a_run_killed_three_times_at_random_ends_as_the_undisturbed_one(
     tiny: Path, tmp_path: Path, undisturbed: Any, method: str
 ) -> None:
@@ -157,10 +158,10 @@ def test_a_line_cut_short_by_a_kill_is_written_again(tiny: Path, tmp_path: Path,
     [
         ("dml", 2, 2, 1, "auto"),
         ("dml", 2, 1, 2, "auto"),
-        ("independent", 2, 2, 1, "auto"),
-        ("independent", 2, 1, 2, "auto"),
-        ("dml", 3, 3, 1, "auto"),
-        ("dml", 4, 4, 2, "auto"),
+        slow("independent", 2, 2, 1, "auto"),
+        slow("independent", 2, 1, 2, "auto"),
+        slow("dml", 3, 3, 1, "auto"),
+        slow("dml", 4, 4, 2, "auto"),
         # Two replicas before and after, so that BatchNorm sees the same rows.
         ("dml", 2, 4, 2, "colocated"),
     ],
@@ -221,6 +222,7 @@ def workers_of(launcher: int) -> list[int]:
     return [int(pid) for pid in text.split() if b"launch/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow  # test_ranks.py has it for launch/ranks.py
 def test_torchrun_restarts_a_worker_that_was_killed_and_the_run_goes_on(
     tiny: Path, tmp_path: Path, undisturbed: Any
 ) -> None:

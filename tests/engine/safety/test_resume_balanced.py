@@ -12,6 +12,7 @@ import pytest
 
 from engine.config import RunConfig
 from tests.kills import assert_same_state, final_state, kill_after_step
+from tests.marks import slow
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks
 
@@ -31,7 +32,7 @@ def _run(tiny: Path, folder: Path, place: str, method: dict[str, Any]) -> RunCon
     return small_run(tiny, folder, method, peers, placement=PLACES[place][1], data={"global_batch": 23})
 
 
-@pytest.mark.parametrize("after", ["balanced", "spread"])
+@pytest.mark.parametrize("after", ["balanced", slow("spread")])
 def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, after: str) -> None:
     method = {"name": "dml"}
     ranks = PLACES["balanced"][0]

@@ -24,6 +24,7 @@ from engine.safety.rollback import Rollback
 from engine.trainer import train
 from tests.data_pipelines.files import write_idx
 from tests.kills import assert_same_state, chance, final_state, kill_run, last_step, numbers
+from tests.marks import slow
 from tests.runs import small_run, train_here, weights
 from tests.worlds import run_ranks
 
@@ -169,7 +170,8 @@ def starts(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "moment", ["as it is written down", "in between", "built anew", "while steps are left out", "later"]
+    "moment",
+    ["as it is written down", slow("in between"), "built anew", slow("while steps are left out"), slow("later")],
 )
 def test_a_run_killed_around_a_rollback_ends_as_the_undisturbed_one(
     mislabelled: Path, tmp_path: Path, undisturbed: Path, moment: str

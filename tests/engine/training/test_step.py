@@ -35,6 +35,7 @@ from tests.engine.stepping import (
     state,
     train_states,
 )
+from tests.marks import slow
 from tests.runs import assert_same_weights, small_run
 from tests.worlds import run_ranks, run_world
 
@@ -302,7 +303,7 @@ def scales(config: RunConfig, at: int) -> Any:
     return found, skips, states
 
 
-@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("at", [0, slow(1)])
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
     [("spread", "sgd"), ("colocated", "sgd"), ("spread", "adamw"), ("spread", "lamb"), ("balanced", "sgd")],

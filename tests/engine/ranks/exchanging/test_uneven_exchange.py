@@ -27,6 +27,7 @@ from tests.engine.ranks.exchanging.test_exchange import (
     calls_of_a_step,
 )
 from tests.engine.stepping import CLASSES, config_of
+from tests.marks import slow
 from tests.worlds import run_world
 
 ROWS = 11
@@ -77,7 +78,7 @@ def _shown(counts: list[int], everywhere: list[str], wire: torch.dtype, mode: st
 @pytest.mark.parametrize("mode", ["detached", "differentiable"])
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("everywhere", [[], ["wide"]])
-@pytest.mark.parametrize("counts", [[1, 2], [3, 1, 2]])
+@pytest.mark.parametrize("counts", [[1, 2], slow([3, 1, 2])])
 def test_each_rank_gets_the_rows_that_it_sees_in_one_call(
     counts: list[int], everywhere: list[str], wire: torch.dtype, mode: str, order: str
 ) -> None:

@@ -30,6 +30,7 @@ from engine.ranks.planning.planner import (
     short,
 )
 from tests.engine.stepping import config_of
+from tests.marks import slow
 
 H100 = GPUS["h100"]
 
@@ -109,7 +110,7 @@ def test_bytes_are_those_of_the_exchange(case: int, everywhere: bool) -> None:
     assert one_node.between == 0
 
 
-@pytest.mark.parametrize("world", [1, 6, 256, 4096])
+@pytest.mark.parametrize("world", [1, 6, 256, slow(4096)])
 def test_placements_of_thousands_of_ranks(world: int) -> None:
     """Every (row, peer) is computed exactly once, what a rank gets does not grow with the world, all is foretold."""
     costs, per_rank = (4.1, 1.8, 1.0), 64
