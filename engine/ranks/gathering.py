@@ -77,7 +77,8 @@ def gather(rank: int, world: int, asked: Callable[[], int]) -> tuple[str, Any]:
         if number := asked():
             first_asked = first_asked or now
             talk.asked = number
-            if now - first_asked > 2 * GRACE:  # Rank 0, which ends it for all, is not there.
+            # Rank 0, which ends it for all, is not there, or waits itself for those that have not heard.
+            if now - first_asked > 2 * GRACE + (LEAVE if rank == 0 else 0):
                 raise StoppedEarly(number)
         if now - begin > LIMIT.total_seconds():
             raise TimeoutError(f"{who}: {talk.missing} did not come within {now - begin:.0f} s")

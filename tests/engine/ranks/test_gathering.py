@@ -69,6 +69,22 @@ def test_who_is_missing_is_said_and_a_signal_ends_the_wait(
         assert "signal SIGTERM before the first step: ended; there was nothing to save" in read(tmp_path / "said0")
 
 
+@pytest.mark.slow
+def test_rank_0_whose_store_the_others_read_in_leaves_after_them(tiny: Path, tmp_path: Path) -> None:
+    config = small_run(tiny, tmp_path, peers=3)
+    with running(3, config, wait_for_nobody, [1]) as ranks:
+        while not all("waits for rank 1" in read(tmp_path / f"said{rank}") for rank in (0, 2)):
+            time.sleep(0.05)
+        os.kill(ranks[2].pid or 0, signal.SIGSTOP)
+        os.kill(ranks[0].pid or 0, signal.SIGTERM)
+        ranks[0].join(gathering.GRACE + 3)
+        assert ranks[0].exitcode is None
+        os.kill(ranks[2].pid or 0, signal.SIGCONT)
+        for rank in (0, 2):
+            ranks[rank].join(60)
+        assert [ranks[rank].exitcode for rank in (0, 2)] == [0, 0]
+
+
 def read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
