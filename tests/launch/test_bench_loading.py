@@ -45,6 +45,7 @@ def test_small_images_are_timed_against_other_loaders() -> None:
         assert f"resident / {other}: " in printed
 
 
+@pytest.mark.slow
 def test_listings_are_timed_against_image_folder(tmp_path: Path) -> None:
     printed = bench("listing", "--images", "60", "--rounds", "2", "--folder", str(tmp_path))
     assert "listing: 60 files in 60 folders" in printed

@@ -160,6 +160,7 @@ def test_methods_are_timed_against_independent_peers() -> None:
     assert "; extra networks " in lmcl
 
 
+@pytest.mark.slow
 def test_whole_steps_are_timed_against_the_plain_trainer() -> None:
     [lines] = run_world(1, printed, "peers", ["dml-4", "kdcl"])
     assert lines.count(" times as fast (quartiles ") == 2

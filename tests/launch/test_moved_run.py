@@ -14,6 +14,7 @@ import models
 from engine.config import ConfigError
 from engine.config.loading import load, load_run
 from engine.reporting.tracking import read_metrics
+from tests.marks import slow
 from tests.runs import small_run, train_here, weights
 from tests.worlds import run_ranks
 
@@ -54,7 +55,7 @@ def command(name: str, *arguments: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("by", ["", "config.yaml"])
+@pytest.mark.parametrize("by", [slow(""), "config.yaml"])
 def test_a_moved_run_goes_on_where_it_is(moved: Path, tmp_path: Path, by: str) -> None:
     before = weights(moved)
     said = command("train", moved / by, "train.epochs=2")

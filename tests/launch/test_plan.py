@@ -10,6 +10,7 @@ import yaml
 from engine.config.loading import load
 from engine.ranks.planning.choosing import plan
 from tests.launch.command import run_command
+from tests.marks import slow
 
 CONFIG = """\
 name: planned
@@ -55,7 +56,7 @@ def test_yaml_gives_the_placement_that_was_chosen(config: Path, tmp_path: Path) 
     assert plan(load(tmp_path / "pasted.yaml"), 8, 0).world == 8
 
 
-@pytest.mark.parametrize("kind", ["auto", "spread"])
+@pytest.mark.parametrize("kind", [slow("auto"), "spread"])
 def test_peers_can_be_timed_here(config: Path, kind: str) -> None:
     """Whatever ranks the run is for: they are timed on one."""
     code, out, _ = run_command("plan", str(config), "--gpus", "2", "--measure", *TINY, f"placement.kind={kind}")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.marks import slow
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(
     str(path.relative_to(ROOT))
@@ -100,7 +102,7 @@ def test_a_run_of_our_networks_waits_for_no_other_library(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "words",
     [
-        ("method={name: lmcl, width: 8}", "optimizer.name=adamw", "train.clip_norm=1.0"),
+        slow(("method={name: lmcl, width: 8}", "optimizer.name=adamw", "train.clip_norm=1.0")),
         ("placement.kind=auto", "peers=[{network: cifar_resnet8_b}, {network: cifar_resnet14_b}]", "--ranks", "4"),
     ],
 )

@@ -14,6 +14,7 @@ import models
 from data_pipelines import DataConfig, open_pipeline
 from tests.data_pipelines import cutting
 from tests.data_pipelines.files import photo
+from tests.marks import slow
 
 _CPU = torch.device("cpu")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -66,7 +67,7 @@ def _levels(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("decoder", ["torchvision", "cpu"])
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", ["bilinear", slow("bicubic")])
 def test_pixels_and_classes_are_those_of_the_published_pipeline(root: Path, interpolation: str, decoder: str) -> None:
     if decoder == "cpu":
         pytest.importorskip("nvidia.dali")

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from data_pipelines import DataConfig
 from data_pipelines.sources.make_subset import balanced, main
@@ -20,6 +21,7 @@ def test_balanced_choice() -> None:
     assert np.array_equal(rows, balanced(labels, 7))
 
 
+@pytest.mark.slow
 def test_the_subset_of_the_subset_is_itself(tmp_path: Path) -> None:
     main([str(_SHIPPED), str(tmp_path)])
     for path in sorted(tmp_path.iterdir()):

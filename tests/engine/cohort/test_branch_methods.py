@@ -20,8 +20,8 @@ from losses import Progress
 from models.shapes_alone import dry_run
 from models.stages import plain_state
 from tests.engine.ranks.exchanging.test_exchange import FLOAT, ROWS, Call, agreement, calls_of_a_step
-from tests.engine.stepping import CLASSES, CPU, cohort_in_double, cohort_of, config_of, do_steps
-from tests.marks import slow
+from tests.engine.stepping import CLASSES, cohort_in_double, cohort_of, config_of, do_steps
+from tests.marks import often, slow
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
 
@@ -83,7 +83,7 @@ STEPS = pytest.mark.parametrize(("steps", "double", "within"), [slow(3, False, 1
 
 
 @STEPS
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", often(FORMS, "cl_ilr", "ffl", "okddip_branch", "okddip_network"))
 def test_spread_and_hybrid_equal_colocated(form: str, steps: int, double: bool, within: float) -> None:
     colocated = trained(form, 1, steps, double, kind="colocated")
     assert_same_weights(trained(form, 4, steps, double, kind="spread"), colocated, within)
@@ -91,7 +91,7 @@ def test_spread_and_hybrid_equal_colocated(form: str, steps: int, double: bool, 
 
 
 @STEPS
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", often(FORMS, "one", "ffl", "okddip_network"))
 def test_replicas_of_a_hybrid_equal_as_many_of_everything(form: str, steps: int, double: bool, within: float) -> None:
     """BatchNorm of a gate or a fusion too sees half of the rows on either side; its statistics are the mean of both."""
     colocated = trained(form, 2, steps, double, kind="colocated")
@@ -228,7 +228,7 @@ def parameters() -> list[tuple[int, int]]:
     found = []
     for method, network, peers, _ in PUBLISHED:
         config = config_of({"name": method}, [{"network": network, "copies": peers}])
-        cohort = Cohort(config, plan(config, 1, 0), CPU, num_classes=100, channels=3, image_size=32, steps_per_epoch=1)
+        cohort = Cohort(config, plan(config, 1, 0), META, num_classes=100, channels=3, image_size=32, steps_per_epoch=1)
         modules = [cohort.shared, *(r.peer for r in cohort.residents.values())]
         whole = models.create(network, 100, 3)
         found.append((sum(models.parameter_count(m) for m in modules), models.parameter_count(whole)))

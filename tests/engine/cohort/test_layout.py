@@ -13,6 +13,7 @@ from engine.cohort.layout import channels_first, maps_a_weight
 from engine.config import RunConfig
 from models.stages import plain_state
 from tests.engine.stepping import CPU, cohort_in_double, cohort_of, config_of, do_steps
+from tests.marks import slow
 from tests.runs import assert_same_weights
 from tests.worlds import run_world
 
@@ -95,7 +96,7 @@ WIDE = [{"network": "cifar_resnet8_b", "copies": 2, "options": {"width": 12}}]
         ("lmcl", True, 1e-10, {}),
     ],
 )
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_it_changes_no_number(method: str, double: bool, within: float, sections: Any, ranks: int) -> None:
     """Of weights after steps, and each convolution gets maps that lie as its weights do."""
     section: dict[str, Any] = {"name": method, "meta_interval": 2} if method == "lmcl" else {"name": method}

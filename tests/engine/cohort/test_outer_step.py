@@ -191,13 +191,13 @@ def plain(negatives: str, peers: Any, replicas: int) -> dict[str, Tensor]:
     [
         ("batch", 2, 1, 1, {"kind": "colocated"}),
         ("batch", 2, 1, 2, {"kind": "spread"}),
-        pytest.param(*("batch", UNLIKE, 1, 1, {"kind": "colocated"}), marks=pytest.mark.slow),
-        ("batch", UNLIKE, 1, 2, {"kind": "spread"}),
-        ("batch", 2, 2, 2, {"kind": "colocated"}),
-        pytest.param(*("batch", 2, 2, 4, {"kind": "spread"}), marks=pytest.mark.slow),
-        pytest.param(*("global", 2, 2, 2, {"kind": "colocated"}), marks=pytest.mark.slow),
+        slow("batch", UNLIKE, 1, 1, {"kind": "colocated"}),
+        slow("batch", UNLIKE, 1, 2, {"kind": "spread"}),
+        slow("batch", 2, 2, 2, {"kind": "colocated"}),
+        slow("batch", 2, 2, 4, {"kind": "spread"}),
+        slow("global", 2, 2, 2, {"kind": "colocated"}),
         ("global", 2, 2, 4, {"kind": "spread"}),
-        pytest.param(*("batch", 3, 1, 3, {"kind": "spread"}), marks=pytest.mark.slow),
+        slow("batch", 3, 1, 3, {"kind": "spread"}),
     ],
     ids=str,
 )
@@ -238,7 +238,7 @@ def around_an_outer_step(config: RunConfig) -> tuple[Seen, Seen]:
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [slow(1, "colocated"), (2, "spread"), (2, "colocated")])
-@pytest.mark.parametrize("negatives", ["global", "memory"])
+@pytest.mark.parametrize("negatives", [slow("global"), "memory"])
 def test_an_outer_step_leaves_everything_but_its_own_alone(negatives: str, ranks: int, kind: str) -> None:
     for (state_0, remembered_0), (state_1, remembered_1) in run_world(
         ranks, around_an_outer_step, a_config(negatives, 2, {"kind": kind})

@@ -248,6 +248,7 @@ def sent_at_imagenet_size() -> list[list[int]]:
     return calls
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_papers_table() -> None:
     """N = 128, C = 1000: one probability tensor is 512,000 B, to which DCM adds 4 B a row; ResNet-50's parameters are
     102,228,128 B, and its BatchNorm statistics 53,120 numbers."""

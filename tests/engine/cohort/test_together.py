@@ -22,6 +22,7 @@ from engine.training.batching import FILE, settle_batching
 from launch.bench.host import computing_operations
 from losses import Progress
 from tests.engine.stepping import cohort_in_double, cohort_of, config_of, do_steps, optimizer_state, state
+from tests.marks import slow
 from tests.runs import small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
 
@@ -128,7 +129,7 @@ PLACES: dict[str, tuple[int, dict[str, Any], Any, dict[str, Any]]] = {
 }
 SEVERAL = [
     *(("dml", place) for place in PLACES),
-    pytest.param("lmcl", "colocated", marks=pytest.mark.slow),
+    slow("lmcl", "colocated"),
     ("dcm", "hybrid over 2 replicas, interleaved"),
     ("mcl", "colocated, a peer of its own, uneven rows, micro-batches"),
 ]
@@ -262,7 +263,7 @@ def test_what_is_no_choice_is_named(tmp_path: Path, kind: str) -> None:
         run_world(1, going_on, tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [slow(1), 3])
 def test_a_run_that_is_interrupted_ends_bit_equal(tiny: Path, tmp_path: Path, ranks: int) -> None:
     """The sum over three ranks rounds differently in another layout of DDP's."""
     train = {"batch_peers": "auto"}

@@ -21,6 +21,7 @@ from engine.ranks.collectives import Launch, group_of, limit_waiting, record_fli
 from engine.ranks.heartbeat import RankLostError
 from engine.ranks.placement import Placement
 from tests.kills import running
+from tests.marks import slow
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks, run_world
 
@@ -52,9 +53,9 @@ def misbehave(config: RunConfig, culprit: int, how: str) -> None:
 @pytest.mark.parametrize(
     ("culprit", "how"),
     [
-        *((2, how) for how in ("stopped", "killed", "failed")),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "busy"), (0, "stopped"), (0, "killed"))),
-        *(pytest.param(0, how, marks=pytest.mark.slow) for how in ("failed", "busy")),
+        *((2, how) for how in ("stopped", "killed")),
+        *(slow(2, how) for how in ("failed", "busy")),
+        *(slow(0, how) for how in ("stopped", "killed", "failed", "busy")),
     ],
 )
 def test_the_others_name_the_rank_that_is_lost(tiny: Path, tmp_path: Path, culprit: int, how: str) -> None:
@@ -119,7 +120,7 @@ def wait_in_vain(placement: Placement) -> list[str]:
                 except RuntimeError as error:
                     errors.append(str(error))
     else:
-        time.sleep(5)
+        time.sleep(2.5)
     return errors
 
 

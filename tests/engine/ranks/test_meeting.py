@@ -173,7 +173,7 @@ def send(ranks: list[BaseProcess], what: signal.Signals) -> None:
         os.kill(rank.pid, what)
 
 
-@pytest.mark.parametrize("how", ["late", "gone"])
+@pytest.mark.parametrize("how", [slow("late"), "gone"])
 def test_a_peer_that_is_late_or_gone_stops_nobody_and_is_named(tiny: Path, tmp_path: Path, how: str) -> None:
     """Peer a on two ranks, peer b on one. b stops; a goes on and says so; b comes back, and a says so again."""
     sections: dict[str, Any] = {

@@ -24,7 +24,7 @@ from engine.safety import checkpoint, loading
 from engine.safety.checkpoint import CheckpointError
 from tests.kills import assert_same_state, final_state, kill_after_step, numbers
 from tests.launch.command import run_command
-from tests.marks import often
+from tests.marks import often, slow
 from tests.runs import small_run, train_here, weights
 from tests.worlds import run_ranks
 
@@ -68,7 +68,7 @@ def whole_banks(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("method", often(METHODS, "mcl_sharded", "lmcl_memory"))
+@pytest.mark.parametrize("method", often(METHODS, "mcl_sharded"))
 def test_a_killed_run_ends_with_the_same_bits_and_its_peers_leave_as_plain_networks(
     tiny: Path, tmp_path: Path, undisturbed: Any, method: str
 ) -> None:
@@ -108,11 +108,11 @@ def forget(folder: Path, step: int) -> None:
 @pytest.mark.parametrize(
     ("method", "step", "after", "kind", "sharded"),
     [
-        ("mcl", 6, 1, "colocated", False),
+        slow("mcl", 6, 1, "colocated", False),
         ("mcl", 6, 2, "spread", True),
-        ("mcl_sharded", 6, 1, "colocated", True),
+        slow("mcl_sharded", 6, 1, "colocated", True),
         ("mcl_sharded", 6, 1, "colocated", False),
-        ("lmcl", 9, 1, "colocated", False),
+        slow("lmcl", 9, 1, "colocated", False),
         ("lmcl_memory", 9, 1, "colocated", False),
     ],
 )
@@ -181,6 +181,7 @@ def test_a_checkpoint_without_a_part_is_refused(tiny: Path, tmp_path: Path) -> N
 # -- a real run -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torchrun_trains_lmcl_on_batches_of_classes_and_scores_it(tmp_path: Path) -> None:
     """The shipped subset, one peer a rank, L-MCL's sampler: pairs of 10 classes."""
     config = small_run(

@@ -81,6 +81,7 @@ def test_ranks_do_not_change_the_numbers_and_all_is_told(photos: Path, tmp_path:
     assert told["alone"][2]["times"] == 2  # of as many evaluations
 
 
+@pytest.mark.slow
 def test_uneven_ranks_that_decode_for_each_other_count_held_out_photos_once(photos: Path, tmp_path: Path) -> None:
     """Two surveys of 13 held-out photos, and two epochs of the rest: each damaged one is met by turns in either."""
     told = []

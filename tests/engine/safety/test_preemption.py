@@ -123,6 +123,7 @@ def test_a_signal_before_the_first_step_saves_the_first_step(tiny: Path, tmp_pat
     assert numbers(tmp_path) == numbers(undisturbed())
 
 
+@pytest.mark.slow
 def test_peers_that_are_updated_in_turn_end_after_a_whole_step(tiny: Path, tmp_path: Path, undisturbed: Any) -> None:
     in_turn = {"name": "dml", "order": "sequential"}
     config = a_run(tiny, tmp_path, in_turn)

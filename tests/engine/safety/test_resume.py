@@ -89,7 +89,7 @@ def test_a_run_killed_three_times_at_random_ends_as_the_undisturbed_one(
     assert_goes_on_as_if_nothing_happened(tmp_path, undisturbed(method, 2, 2))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, slow(1)])
 def test_a_run_killed_while_a_checkpoint_is_written_ends_as_the_undisturbed_one(
     tiny: Path, tmp_path: Path, undisturbed: Any, victim: int
 ) -> None:

@@ -17,6 +17,7 @@ from engine.training.step import train_step
 from engine.training.timing import Clock
 from losses import Progress
 from tests.engine.stepping import CLASSES, CPU, cohort_of, config_of, global_batch
+from tests.marks import slow
 from tests.worlds import run_world
 
 NETWORK = {"network": "cifar_resnet32_a"}
@@ -84,7 +85,7 @@ def _both(method: str, peers: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 @pytest.mark.parametrize("peers", [2, 8])
-@pytest.mark.parametrize("method", ["independent", "dml"])
+@pytest.mark.parametrize("method", [slow("independent"), "dml"])
 def test_a_step_dispatches_hardly_more_operations_than_a_bare_loop(method: str, peers: int) -> None:
     engine, bare = run_world(1, _both, method, peers)[0]
     total, least = sum(engine.values()), sum(bare.values())

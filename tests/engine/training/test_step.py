@@ -53,9 +53,9 @@ def trained_on_whole_batches() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("ranks", "kind", "parts"),
     [
-        (1, "colocated", 2),
+        slow(1, "colocated", 2),
         (1, "colocated", 4),
-        (2, "colocated", 1),
+        slow(2, "colocated", 1),
         (2, "colocated", 3),
         (2, "spread", 4),
         (4, "spread", 2),
@@ -176,7 +176,7 @@ SKIPS = [
 ]
 
 
-@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("at", [slow(0), 2])
 @pytest.mark.parametrize(("method", "ranks", "kind", "optimizer"), SKIPS)
 def test_one_bad_pixel_on_one_rank_skips_the_update_on_all(
     method: dict[str, Any], ranks: int, kind: str, optimizer: dict[str, Any], at: int
