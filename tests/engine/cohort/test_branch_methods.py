@@ -228,7 +228,7 @@ def parameters() -> list[tuple[int, int]]:
     found = []
     for method, network, peers, _ in PUBLISHED:
         config = config_of({"name": method}, [{"network": network, "copies": peers}])
-        cohort = Cohort(config, plan(config, 1, 0), META, num_classes=100, channels=3, image_size=32, steps_per_epoch=1)
+        cohort = Cohort(config, plan(config, 1, 0), CPU, num_classes=100, channels=3, image_size=32, steps_per_epoch=1)
         modules = [cohort.shared, *(r.peer for r in cohort.residents.values())]
         whole = models.create(network, 100, 3)
         found.append((sum(models.parameter_count(m) for m in modules), models.parameter_count(whole)))
