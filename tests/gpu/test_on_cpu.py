@@ -14,7 +14,7 @@ from tests.marks import slow
 from tests.worlds import run_ranks
 
 
-@pytest.mark.parametrize("case", ["dml_accumulation", slow("mcl_memory")])
+@pytest.mark.parametrize("case", [slow("dml_accumulation"), slow("mcl_memory")])
 def test_a_case(case: str) -> None:
     [found] = run_ranks(1, look_at, CASES[case], "cpu")
     here, cpu = whole(found["device"]), whole(found["cpu"])

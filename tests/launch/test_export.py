@@ -19,6 +19,7 @@ from engine.config.loading import load
 from engine.safety.checkpoint import folder_of
 from engine.safety.loading import read_state
 from tests.launch.command import run_command
+from tests.marks import slow
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
 
@@ -36,7 +37,7 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("ema", [slow(False), True])
 def test_exported_weights_are_those_of_the_peer(run: Path, ema: bool) -> None:
     run_command("export", str(run), *(["--ema"] if ema else []))
     for name in ("ours", "timms", "torchvisions"):

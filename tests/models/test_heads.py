@@ -8,6 +8,7 @@ import torch
 import models
 from models.heads import DESIGNS, Auxiliary, Projection, auxiliary
 from models.stages import stages
+from tests.marks import slow
 
 # L-MCL's table of "aux params (per net)", 100 classes on CIFAR and 1000 on ImageNet.
 LMCL = {
@@ -54,11 +55,11 @@ def test_sizes_of_dcms_classifiers(name: str, stage: int) -> None:
     [
         ("cifar_wrn_16_2", 1, 28),
         ("cifar_resnet20_a", 3, 32),
-        ("cifar_mobilenet", 3, 32),
-        ("cifar_vgg16", 3, 32),
+        slow("cifar_mobilenet", 3, 32),
+        slow("cifar_vgg16", 3, 32),
         ("timm/resnet18", 3, 64),
         ("torchvision/mobilenet_v2", 3, 96),
-        ("torchvision/densenet121", 3, 64),
+        slow("torchvision/densenet121", 3, 64),
     ],
 )
 def test_every_head_takes_its_stages_map_to_logits_and_features(

@@ -94,8 +94,7 @@ print(torch.equal(torch.compile(net, backend="aot_eager", dynamic=True)(x), net(
     assert said == "True\n"
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "training"), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("name", ["cifar_resnet8_b", "timm/mobilenetv3_small_050", "torchvision/densenet121"])
 def test_every_map_of_a_dry_run_is_that_of_a_pass(name: str, dtype: torch.dtype, training: bool) -> None:
     with weightless(name):

@@ -20,7 +20,7 @@ from losses import Progress
 from models.shapes_alone import dry_run
 from models.stages import plain_state
 from tests.engine.ranks.exchanging.test_exchange import FLOAT, ROWS, Call, agreement, calls_of_a_step
-from tests.engine.stepping import CLASSES, cohort_in_double, cohort_of, config_of, do_steps
+from tests.engine.stepping import CLASSES, CPU, cohort_in_double, cohort_of, config_of, do_steps
 from tests.marks import often, slow
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
@@ -117,7 +117,7 @@ def test_shared_modules_learn(form: str) -> None:
         assert not torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize("method", ["cl_ilr", "one", "ffl", "okddip"])
+@pytest.mark.parametrize("method", ["cl_ilr", slow("one"), "ffl", slow("okddip")])
 def test_a_whole_run_on_real_images(tiny: Path, tmp_path: Path, method: str) -> None:
     """Ten steps with evaluations and checkpoints, one of three branches a rank."""
     run_ranks(3, train_here, small_run(tiny, tmp_path, {"name": method}, 3, placement={"kind": "spread"}))

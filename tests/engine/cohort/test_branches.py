@@ -15,6 +15,7 @@ from losses import Method, MethodOptions, PeerInfo, Progress, Signals, Terms
 from losses.capabilities import SharedTrunk, StageTaps
 from models.stages import plain_state
 from tests.engine.stepping import cohort_of, config_of, do_steps
+from tests.marks import slow
 from tests.runs import assert_same_weights
 from tests.worlds import run_world
 
@@ -147,11 +148,11 @@ def _together(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 CASES = [
     (Gated, "shared"),
-    (MeanGated, "shared"),
-    (Branched, "shared"),
+    slow(MeanGated, "shared"),
+    slow(Branched, "shared"),
     (Branched, "per_peer"),
     (Deep, "shared"),
-    (Deep, "per_peer"),
+    slow(Deep, "per_peer"),
 ]
 PEERS = [{"network": "cifar_resnet8_b", "copies": 4, "options": {"width": 4}}]
 

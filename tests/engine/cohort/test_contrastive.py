@@ -102,7 +102,7 @@ COLOCATED, SPREAD = {"kind": "colocated"}, {"kind": "spread"}
 # -- promise 1 --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", often(FORMS, *MAIN, "mcl_distilling"))
 def test_two_peers_spread_equal_colocated(form: str) -> None:
     expected = trained(form, 2, 1, COLOCATED)
     assert_same_weights(trained(form, 2, 2, SPREAD), expected, 1e-10)

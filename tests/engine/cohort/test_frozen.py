@@ -22,6 +22,7 @@ from engine.rehearsal import Images, rehearse
 from losses import METHODS, PeerInfo, Progress
 from tests.engine.stepping import cohort_of, config_of, do_steps, global_batch, state
 from tests.launch.command import run_command
+from tests.marks import often
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
 
@@ -125,7 +126,7 @@ def peers(teacher: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {"teacher": teacher, "other": other, "student": STUDENT}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", often(CASES, "kd_in_turns", "two_teachers"))
 def test_placement_does_not_change_the_numbers(tiny: Path, tmp_path: Path, peers: dict[str, Any], case: str) -> None:
     found = []
     for name, ranks, kind in (("one", 1, "colocated"), ("spread", len(CASES[case][1]), "spread")):

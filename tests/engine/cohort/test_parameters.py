@@ -259,7 +259,7 @@ def test_bytes_are_those_of_the_papers_table() -> None:
 # -- going on after a stop --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [DCL, STALE, {"name": "dcm"}], ids=lambda m: m["name"])
+@pytest.mark.parametrize("method", [DCL, STALE, slow({"name": "dcm"})], ids=lambda m: m["name"])
 def test_a_run_stopped_between_two_exchanges_goes_on_bit_by_bit(
     tiny: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:

@@ -128,7 +128,11 @@ PLACES: dict[str, tuple[int, dict[str, Any], Any, dict[str, Any]]] = {
     "balanced, one rank with a single peer": (2, {"kind": "balanced"}, [{**NARROW, "copies": 2}, WIDE], {}),
 }
 SEVERAL = [
-    *(("dml", place) for place in PLACES),
+    ("dml", "colocated"),
+    ("dml", "hybrid over 2 replicas, interleaved"),
+    ("dml", "balanced, one rank with a single peer"),
+    slow("dml", "hybrid"),
+    slow("dml", "colocated, a peer of its own, uneven rows, micro-batches"),
     slow("lmcl", "colocated"),
     ("dcm", "hybrid over 2 replicas, interleaved"),
     ("mcl", "colocated, a peer of its own, uneven rows, micro-batches"),

@@ -99,6 +99,7 @@ def test_kdcl_general_on_replicas_surveys_each_held_out_image_once(tiny: Path, t
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_kdcl_general_goes_on_as_if_nothing_had_happened(tiny: Path, tmp_path: Path) -> None:
     config = a_run(tiny, tmp_path / "killed", GENERAL, data=HELD_OUT, **LINES)
     kill_after_step(2, config, 10)

@@ -113,7 +113,7 @@ def forget(folder: Path, step: int) -> None:
         slow("mcl_sharded", 6, 1, "colocated", True),
         ("mcl_sharded", 6, 1, "colocated", False),
         slow("lmcl", 9, 1, "colocated", False),
-        ("lmcl_memory", 9, 1, "colocated", False),
+        slow("lmcl_memory", 9, 1, "colocated", False),
     ],
 )
 def test_a_killed_run_goes_on_elsewhere_and_with_its_banks_held_otherwise(

@@ -15,6 +15,7 @@ from engine.config import HealthConfig, RunConfig
 from engine.reporting.tracking import read_metrics
 from engine.safety.health import CODES, collapsed
 from engine.safety.spikes import LossWatch, Spike
+from tests.marks import slow
 from tests.runs import small_run, train_here
 from tests.worlds import run_ranks
 
@@ -162,7 +163,11 @@ def test_two_peers_from_one_file_of_weights_are_twins(tiny: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "method", ["independent", "dml", "kdcl", "one", "cl_ilr", "okddip", "ffl", "dcm", "dcl", "codistillation"]
+    "method",
+    [
+        *("dml", "one", "dcm", "dcl"),
+        *(slow(name) for name in ("independent", "kdcl", "cl_ilr", "okddip", "ffl", "codistillation")),
+    ],
 )
 def test_nothing_is_found_where_nothing_is_wrong(tiny: Path, tmp_path: Path, method: str) -> None:
     """From scratch at a rate of 0.1; every step of 10 on few images, whose losses scatter."""

@@ -157,7 +157,7 @@ def test_a_line_cut_short_by_a_kill_is_written_again(tiny: Path, tmp_path: Path,
     ("method", "peers", "before", "after", "kind"),
     [
         ("dml", 2, 2, 1, "auto"),
-        ("dml", 2, 1, 2, "auto"),
+        slow("dml", 2, 1, 2, "auto"),
         slow("independent", 2, 2, 1, "auto"),
         slow("independent", 2, 1, 2, "auto"),
         slow("dml", 3, 3, 1, "auto"),

@@ -16,6 +16,7 @@ from engine.training.step import train_step
 from engine.training.timing import Clock
 from losses import Progress
 from tests.engine.stepping import CPU, batches, cohort_of, config_of, numbers_of, optimizer_state, state
+from tests.marks import often
 from tests.worlds import run_world
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -120,7 +121,7 @@ def both_on_ranks(place: str) -> list[dict[Any, Any]]:
     return found
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", often(PLACES, "spread over 2 replicas", "hybrid, together"))
 def test_updates_on_several_ranks_are_the_same_bits(place: str) -> None:
     for plain, static in run_world(PLACES[place][0], both_on_ranks, place):
         assert plain["told"] == static["told"]

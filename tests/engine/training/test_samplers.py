@@ -11,6 +11,7 @@ from engine.config import ConfigError, RunConfig
 from engine.ranks.planning.choosing import plan
 from engine.safety import checkpoint, loading
 from tests.kills import assert_same_state, final_state, kill_run, numbers
+from tests.marks import often, slow
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks
 
@@ -39,14 +40,14 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train
 
 
-@pytest.mark.parametrize("held_out", [0.0, 0.2])
+@pytest.mark.parametrize("held_out", [slow(0.0), 0.2])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_spread_equals_colocated(trained: Any, sampler: str, held_out: float) -> None:
     colocated = weights(trained(sampler, held_out, 1, "colocated"))
     assert_same_weights(weights(trained(sampler, held_out, 2, "spread")), colocated)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", often(SAMPLERS, "class_tuples"))
 def test_spread_over_replicas_equals_colocated_over_as_many(trained: Any, sampler: str) -> None:
     """Two replicas on either side, so that BatchNorm sees the same rows."""
     colocated = weights(trained(sampler, 0.2, 2, "colocated"))

@@ -22,6 +22,7 @@ from engine.ranks.planning.choosing import balanced
 from engine.training.sharing import counted_of, related, share_decoding, shares
 from tests.data_pipelines.files import write_photos
 from tests.engine.stepping import config_of
+from tests.marks import slow
 from tests.runs import assert_same_weights, small_run, train_here, weights
 from tests.worlds import run_ranks, run_world
 
@@ -76,7 +77,7 @@ PLACEMENTS = {
 }
 
 
-@pytest.mark.parametrize("decoder", ["cpu", "torchvision"])
+@pytest.mark.parametrize("decoder", ["cpu", slow("torchvision")])
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_pixels_are_the_same_bits_and_every_row_is_decoded_once(photos: Path, name: str, decoder: str) -> None:
     kinds = PLACEMENTS[name]

@@ -22,6 +22,7 @@ from engine.training.timing import Clock
 from losses import Progress
 from tests.engine.cohort.test_contract import Consensus, with_method
 from tests.engine.stepping import CLASSES, CPU, STEPS_PER_EPOCH, batches, cohort_of, config_of, do_steps
+from tests.marks import slow
 from tests.worlds import run_world
 
 ROWS, FLOAT, BF16 = 12, 4, 2
@@ -304,7 +305,7 @@ def all_rows(peers: int, peers_per_rank: int, wire: torch.dtype, mode: str) -> A
 
 
 @pytest.mark.parametrize("mode", ["detached", "differentiable"])
-@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wire", [slow(torch.float32), torch.bfloat16])
 @pytest.mark.parametrize(
     ("ranks", "peers", "peers_per_rank"), [(1, 2, 2), (2, 2, 2), (4, 2, 2), (2, 2, 1), (4, 2, 1), (4, 4, 2)]
 )

@@ -19,6 +19,7 @@ from engine.ranks.planning.choosing import AUTO, balanced
 from engine.ranks.planning.levels import judge_of
 from tests.engine.ranks.exchanging.test_exchange import CLASS_IDS, FLOAT, IMAGE_IDS, Recorder
 from tests.engine.ranks.exchanging.test_uneven_exchange import ROWS, assert_rows, value
+from tests.marks import slow
 from tests.worlds import run_world
 
 
@@ -47,7 +48,7 @@ def _shown(counts: list[int], per_node: int, everywhere: list[str], wire: torch.
 CASES = [([2, 1, 1], 2, "contiguous"), ([3, 1, 2], 3, "interleaved")]
 
 
-@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wire", [slow(torch.float32), torch.bfloat16])
 @pytest.mark.parametrize("everywhere", [[], ["wide"]])
 @pytest.mark.parametrize("case", [0, 1])
 def test_each_rank_gets_what_one_level_brings(case: int, everywhere: list[str], wire: torch.dtype) -> None:
