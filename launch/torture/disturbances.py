@@ -14,11 +14,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from engine.config.loading import load
 from engine.files import write_bytes, write_json
 from engine.safety import checkpoint, loading
 from launch.torture.gang import PATIENCE, Gang, UnexpectedError, refusal
+
+_T = TypeVar("_T")
 
 FULL = 30_000
 """Bytes beyond which no file grows on a full disk: less than a checkpoint's, more than what one gang says."""
@@ -53,8 +57,8 @@ class Kind:
     """Whether it needs two ranks."""
     spoils: Callable[[Gang, random.Random], tuple[str, str]] | None = None
     """What is done next, where all are gone. Returns: what, and what the next start must say of it."""
-    returns: Callable[[Gang], str] | None = None
-    """What becomes of the gang that was struck when the next one trains. Returns: that, in words."""
+    returns: Callable[[Gang, Gang], str] | None = None
+    """What becomes of the gang that was struck when the next one, its successor, trains. Returns: that, in words."""
 
 
 def _blow(gang: Gang, target: str) -> Blow:
@@ -212,18 +216,24 @@ def _fill_the_disk_at_the_end(gang: Gang, rng: random.Random) -> Blow:
     return blow
 
 
+def _beside(gang: Gang, act: Callable[[], _T]) -> _T:
+    """What something gives that takes long. The gang trains on in small steps: its run would be over by then."""
+    workers = gang.workers().values()
+    with ThreadPoolExecutor(1) as thread:
+        acting = thread.submit(act)
+        while not acting.done():
+            for number, seconds in ((signal.SIGSTOP, 2.0), (signal.SIGCONT, 0.05)):
+                for process in workers:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, number)
+                time.sleep(seconds)
+    return acting.result()
+
+
 def _start_a_second(gang: Gang, rng: random.Random) -> Blow:
     arguments = rng.choice([(), ("--fresh",)])
     blow = _blow(gang, "folder")
-    workers = gang.workers().values()
-    with ThreadPoolExecutor(1) as thread:
-        second = thread.submit(refusal, gang.config, *arguments)
-        while not second.done():  # In small steps: the run would be over by then.
-            for number, seconds in ((signal.SIGSTOP, 2.0), (signal.SIGCONT, 0.05)):
-                for process in workers:
-                    os.kill(process, number)
-                time.sleep(seconds)
-    said = second.result()
+    said = _beside(gang, partial(refusal, gang.config, *arguments))
     if "is in use by process" not in said:
         raise UnexpectedError(f"a second start was refused for another reason: {said[-2000:]}")
     blow.found = f"refused {' '.join(arguments)}"
@@ -241,11 +251,11 @@ def _cut_off(gang: Gang, rng: random.Random) -> Blow:
     return blow
 
 
-def _come_back(gang: Gang) -> str:
+def _come_back(gang: Gang, successor: Gang) -> str:
     begin = time.monotonic()
     for process in (*gang.workers().values(), gang.agent.pid):
         os.kill(process, signal.SIGCONT)
-    if gang.end() == 0:
+    if _beside(successor, gang.end) == 0:
         raise UnexpectedError("a run whose folder was taken over ended with 0")
     _gone(gang, "the end of ranks whose folder was taken over")
     said = gang.said()

@@ -201,7 +201,7 @@ def _disturb(options: argparse.Namespace, folder: Path, steps: int, exact: bool,
             took = time.monotonic() - blow.moment
             progress.seconds.setdefault(kind.name, []).append(took)
             if kind.returns:
-                blow.found = kind.returns(struck)
+                blow.found = kind.returns(struck, gang)
                 _wait_for_step(gang, gang.step() + 2)
             if expected not in (None, progress.resumed):
                 problems.append(f"it went on at step {progress.resumed}, expected {expected}")
