@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from engine.config import ConfigError
 from engine.ranks.gathering import gather
@@ -132,14 +134,39 @@ def process_group(launch: Launch, device: torch.device, asked: Callable[[], int]
 def group_of(ranks: Iterable[int]) -> dist.ProcessGroup:
     """The group of some ranks of the world. They alone call this, so that it takes as long in a large world as in a
     small one; a rank of several groups makes them in the same order as the others."""
-    group = dist.new_group(list(ranks), timeout=FIRST_STEP_TIMEOUT, use_local_synchronization=True)
+    with _named_anew():
+        group = dist.new_group(list(ranks), timeout=FIRST_STEP_TIMEOUT, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
+_LEFT: set[str] = set()
+"""Names of groups that have been left."""
+
+
+@contextlib.contextmanager
+def _named_anew() -> Iterator[None]:
+    """Up to torch 2.11 a group has the name of one of the same ranks that was left. Under that the store still tells
+    where those were, and they would look for each other there for ever."""
+    torchs = c10d._hash_ranks_to_str
+
+    def name_of(ranks: Sequence[int]) -> str:
+        name = torchs(ranks)
+        while name in _LEFT:
+            name = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
+        return name
+
+    c10d._hash_ranks_to_str = name_of
+    try:
+        yield
+    finally:
+        c10d._hash_ranks_to_str = torchs
+
+
 def leave(group: dist.ProcessGroup) -> None:
     """Frees what a group holds: connections, threads, memory of a GPU. Nothing of it may be under way."""
-    if group in dist.distributed_c10d._world.pg_map:  # the world may have been left before
+    if group in c10d._world.pg_map:  # the world may have been left before
+        _LEFT.add(group.group_name)
         dist.destroy_process_group(group)
 
 
