@@ -83,7 +83,7 @@ STEPS = pytest.mark.parametrize(("steps", "double", "within"), [slow(3, False, 1
 
 
 @STEPS
-@pytest.mark.parametrize("form", often(FORMS, "cl_ilr", "ffl", "okddip_branch", "okddip_network"))
+@pytest.mark.parametrize("form", often(FORMS, "cl_ilr", "one", "ffl", "okddip_branch", "okddip_network"))
 def test_spread_and_hybrid_equal_colocated(form: str, steps: int, double: bool, within: float) -> None:
     colocated = trained(form, 1, steps, double, kind="colocated")
     assert_same_weights(trained(form, 4, steps, double, kind="spread"), colocated, within)
