@@ -51,7 +51,7 @@ def dry_run(network: Callable[..., _T], *inputs: Any) -> _T:
 
 
 class _NormAtOnce(TorchFunctionMode):
-    """Of a BatchNorm torch works out each mean, root and quotient: nine tenths of the time of a pass."""
+    """Of a BatchNorm torch works out each mean, root and quotient: most of the time of a pass."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None

@@ -93,6 +93,7 @@ def start(launch: Launch, device: torch.device, asked: Callable[[], int] = lambd
                     file=sys.stderr,
                     flush=True,
                 )
+    _LEFT.clear()
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=FIRST_STEP_TIMEOUT)
     return word
 
@@ -141,7 +142,7 @@ def group_of(ranks: Iterable[int]) -> dist.ProcessGroup:
 
 
 _LEFT: set[str] = set()
-"""Names of groups that have been left."""
+"""Names of groups of this world that have been left: the same for all that were in them."""
 
 
 @contextlib.contextmanager

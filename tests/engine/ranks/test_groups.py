@@ -7,8 +7,9 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from engine.ranks.collectives import group_of, is_shared, leave
+from engine.ranks.collectives import Launch, group_of, is_shared, leave, start
 from engine.ranks.placement import Placement
 from tests.engine.stepping import cohort_of, config_of, do_steps
 from tests.worlds import leave_last, run_ranks, run_world
@@ -60,6 +61,25 @@ def _asked(gpus: list[str]) -> bool:
 @pytest.mark.parametrize(("gpus", "shared"), [(["a", "b", "c"], False), (["a", "b", "a"], True)])
 def test_all_ranks_know_whether_any_two_share_a_gpu(gpus: list[str], shared: bool) -> None:
     assert run_ranks(3, _asked, gpus) == [shared] * 3
+
+
+def _left_in_another_world() -> float:
+    launch = Launch.from_environment()
+    if launch.rank == 0:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=launch.world)
+        leave(group_of([0, 1]))
+        dist.destroy_process_group()
+    start(launch, torch.device("cpu"))
+    number = torch.tensor([float(launch.rank + 1)])
+    dist.all_reduce(number, group=group_of([0, 1]))
+    dist.barrier()
+    dist.destroy_process_group()
+    return number.item()
+
+
+def test_what_a_rank_left_before_its_world_is_not_remembered() -> None:
+    """As after a rehearsal: the ranks would call the group by different names."""
+    assert run_ranks(2, _left_in_another_world, timeout=60) == [3.0, 3.0]
 
 
 def _leave_twice() -> bool:
